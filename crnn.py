@@ -1,0 +1,422 @@
+"""What the three scripts must agree on: charset, image to tensor, the CRNN, greedy CTC decoding, the checkpoint, scoring.
+
+A picture of a short line of text becomes a grey tensor of HEIGHT rows; a small CNN turns every 4 columns of it into one
+frame; a bidirectional LSTM reads the frames in both directions; connectionist temporal classification (CTC) aligns them with
+the text. Functions here take arguments only: the constants that a user edits are at the top of the scripts.
+
+Letters in shapes: N images, H height, W width in pixels, T frames (one per 4 pixels of width), C classes, D features.
+"""
+import csv
+import os
+import zlib
+from contextlib import contextmanager
+from itertools import groupby
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import nn
+
+BLANK = 0  # index of the CTC blank; the characters of a charset follow from index 1
+HEIGHT = 32  # rows of the tensor that the network sees, in pixels; a multiple of 8
+PIXELS_PER_FRAME = 4  # horizontal stride of the CNN
+MAX_ASPECT = 256  # width over height beyond which a picture is no line of text (a 400-character line has about 200)
+MIN_TONES = 40  # of 256 grey levels; a fainter picture is not stretched further, so that a blank one stays blank
+IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp", ".gif"}
+LABEL_COLUMNS = ["image_path", "label"]  # the two that any csv must have; data.csv adds source and split
+CHECKPOINT_FORMAT = 1  # raised when an older reader could misunderstand a newer file
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Charset
+
+class Charset:
+    """The characters a model knows, in the order of its output classes: class 0 is the CTC blank, class i is characters[i-1].
+
+    Raises ValueError when a character stands twice, or where there is none at all.
+    """
+
+    def __init__(self, characters):
+        repeated = sorted({c for c in characters if characters.count(c) > 1})
+        if repeated:
+            raise ValueError(f"the charset holds {describe(repeated[0])} more than once: keep one")
+        if not characters:
+            raise ValueError("the charset is empty")
+        self.characters = characters
+        self.index = {c: i for i, c in enumerate(characters, start=1)}
+        self.num_classes = len(characters) + 1  # with the blank
+
+    def encode(self, label):
+        """The class indices of a label, a list of ints >= 1. Raises ValueError naming a character that is not in the charset."""
+        unknown = self.unknown(label)
+        if unknown:
+            raise ValueError(f"label {label!r} holds {describe(unknown[0])}, which is not in the charset")
+        return [self.index[c] for c in label]
+
+    def decode(self, indices):
+        """The text of class indices without blanks; the inverse of encode. Raises ValueError for an index that is no character."""
+        for i in indices:
+            if not 1 <= i <= len(self.characters):
+                raise ValueError(f"class {i} is no character of the charset (1 to {len(self.characters)})")
+        return "".join(self.characters[i - 1] for i in indices)
+
+    def unknown(self, label):
+        """The characters of a label that the charset does not hold, in their order of appearance."""
+        return [c for c in label if c not in self.index]
+
+
+def describe(character):
+    """A character with its code point, for messages: 'é' (U+00E9)."""
+    return f"{character!r} (U+{ord(character):04X})"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Picture to tensor. This is the only pixel preprocessing in the repository, the same for training and for reading.
+
+def load_image(source, height=HEIGHT):
+    """Read a picture of one line of text as dark ink on light paper.
+
+    source: path, PIL image, or array (H, W) or (H, W, 3 or 4) of uint8, bool, or floats from 0 to 1.
+    Returns a uint8 tensor (height, W), 255 = paper, 0 = the darkest ink, the aspect ratio kept.
+    Raises ValueError with one line naming the picture when it cannot be opened, is empty, or is far too wide for a line.
+    """
+    name = f"{source}" if isinstance(source, (str, os.PathLike)) else f"picture of type {type(source).__name__}"
+    try:
+        with open_image(source) as image:
+            check_size(image)
+            grey = to_grey(ImageOps.exif_transpose(image))
+        width = max(1, round(grey.width * height / grey.height))
+        ink = np.asarray(grey.resize((width, height), Image.Resampling.BICUBIC))
+    except FileNotFoundError:
+        raise ValueError(f"{name}: no such file") from None
+    except UnidentifiedImageError:
+        raise ValueError(f"{name}: not a picture in a format that Pillow reads") from None
+    except (OSError, SyntaxError, ValueError, TypeError, EOFError, MemoryError, Image.DecompressionBombError) as error:
+        # The exceptions that Pillow's decoders raise for damaged files; a SyntaxError is what its PNG reader raises.
+        raise ValueError(f"{name}: cannot be read ({error})") from None
+    return torch.from_numpy(dark_on_light(ink))  # (height, W)
+
+
+def open_image(source):
+    if isinstance(source, (str, os.PathLike)):
+        return Image.open(source)
+    if isinstance(source, Image.Image):
+        return source.copy()
+    array = np.asarray(source)
+    if array.dtype == bool or np.issubdtype(array.dtype, np.floating):
+        array = (np.clip(array, 0, 1) * 255).astype(np.uint8)
+    return Image.fromarray(array)
+
+
+def check_size(image):
+    if 0 in image.size:
+        raise ValueError(f"{image.width} x {image.height} pixels: empty")
+    # Asked before the pixels are decoded. A picture turned by its EXIF tag may be tall here and wide afterwards.
+    if max(image.size) > MAX_ASPECT * min(image.size):
+        raise ValueError(f"{image.width} x {image.height} pixels: too wide for a line of text, cut it into pieces")
+
+
+def to_grey(image):
+    """Any PIL mode to mode L; transparent parts become paper, white or black, whichever the visible ink stands out from."""
+    if image.mode.startswith("I") or image.mode == "F":  # 16-bit, 32-bit and float tones: stretched over 8 bits
+        tones = np.asarray(image, dtype=np.float64)
+        low, high = tones.min(), tones.max()
+        return Image.fromarray(((tones - low) * (255 / max(high - low, 1e-9))).astype(np.uint8))
+    if image.mode in ("LA", "PA", "RGBA", "La", "RGBa") or "transparency" in image.info:
+        rgba = np.asarray(image.convert("RGBA"), dtype=np.float64)  # (H, W, 4)
+        grey, alpha = rgba[..., :3] @ (0.299, 0.587, 0.114), rgba[..., 3] / 255  # both (H, W)
+        ink = (grey * alpha).sum() / max(alpha.sum(), 1e-9)
+        paper = 255 if ink < 128 else 0
+        return Image.fromarray((grey * alpha + paper * (1 - alpha)).round().astype(np.uint8))
+    return image.convert("RGB").convert("L") if image.mode not in ("1", "L") else image.convert("L")
+
+
+def dark_on_light(grey):
+    """Grey uint8 array (H, W) of either polarity to the same picture with paper at 255 and the darkest ink at 0.
+
+    Text covers less than half of its picture, so the tone of most pixels is the paper; when it is a close call (bold
+    strokes cut tightly), the pixels of the border decide.
+    """
+    low, high = int(grey.min()), int(grey.max())
+    dark = grey < (low + high) / 2
+    share = dark.mean()
+    if 0.4 < share < 0.6:
+        share = np.concatenate([dark[0], dark[-1], dark[:, 0], dark[:, -1]]).mean()
+    if share > 0.5:
+        grey, low, high = 255 - grey, 255 - high, 255 - low
+    stretched = 255 - (high - grey.astype(np.float32)) * (255 / max(high - low, MIN_TONES))
+    return stretched.round().astype(np.uint8)
+
+
+def to_ink(images):
+    """uint8 tensor of any shape, 255 = paper, to the network's input, float32 of the same shape: 0 = paper, 1 = ink."""
+    return 1 - images.float() / 255
+
+
+def pad_batch(images):
+    """Batch uint8 tensors (H, W_i) of one height. Returns ink, float32 (N, 1, H, max W), and the true widths, int64 (N,)."""
+    widths = torch.tensor([image.shape[1] for image in images])
+    batch = torch.full((len(images), 1, images[0].shape[0], int(widths.max())), 255, dtype=torch.uint8)  # (N, 1, H, W)
+    for row, image in zip(batch, images):
+        row[0, :, :image.shape[1]] = image
+    return to_ink(batch), widths
+
+
+def num_frames(widths):
+    """Frames the network makes of so many pixels of width, for an int, an array or a tensor: width / 4, rounded up."""
+    return (widths + PIXELS_PER_FRAME - 1) // PIXELS_PER_FRAME
+
+
+def frames_needed(target):
+    """The fewest frames CTC needs for a label or a target: one each, and a blank between two equal neighbours.
+
+    With fewer the loss is infinite (Graves et al. 2006, section 3): such a picture can never be learned.
+    """
+    return len(target) + sum(a == b for a, b in zip(target, target[1:]))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Network
+
+class CRNN(nn.Module):
+    """CNN, bidirectional LSTM and a linear layer over the classes, after Shi, Bai and Yao 2015 (arXiv:1507.05717).
+
+    Much leaner than theirs: strided convolutions instead of full-size layers and pooling, one LSTM layer. Columns past an
+    image's own width are held at zero after every convolution and skipped by the LSTM, so that a line reads the same alone
+    and beside wider ones.
+    """
+
+    def __init__(self, num_classes, height=HEIGHT, channels=(32, 64, 128, 192), hidden=192, dropout=0.1):
+        super().__init__()
+        if height % 8:
+            raise ValueError(f"height {height} is not a multiple of 8")
+        self.architecture = dict(num_classes=num_classes, height=height, channels=list(channels), hidden=hidden, dropout=dropout)
+        a, b, c, features = channels
+        plan = [  # in, out, kernel, stride (rows, columns), padding
+            (1, a, 3, (2, 2), 1),
+            (a, a, 3, (1, 1), 1),
+            (a, b, 3, (2, 2), 1),
+            (b, b, 3, (1, 1), 1),
+            (b, c, 3, (2, 1), 1),
+            (c, c, 3, (1, 1), 1),
+            (c, features, (height // 8, 1), (1, 1), 0),  # all remaining rows at once
+        ]
+        self.convolutions = nn.ModuleList(nn.Conv2d(i, o, k, s, p, bias=False) for i, o, k, s, p in plan)
+        self.norms = nn.ModuleList(nn.BatchNorm2d(conv.out_channels) for conv in self.convolutions)
+        self.dropout = nn.Dropout(dropout)
+        self.lstm = nn.LSTM(features, hidden, bidirectional=True)
+        self.linear = nn.Linear(2 * hidden, num_classes)
+        self.to(memory_format=torch.channels_last)  # about 1.4 times faster on CPUs than channels first
+
+    def features(self, ink, widths):
+        """Ink (N, 1, H, W) and widths (N,) to one feature vector per frame, (T, N, D)."""
+        x = ink.contiguous(memory_format=torch.channels_last)
+        padded = bool((widths < ink.shape[3]).any())  # most batches hold one width only and need no mask
+        for conv, norm in zip(self.convolutions, self.norms):
+            x = F.relu(norm(conv(x)))  # (N, 1, 32, W) -> (N, a, 16, W/2) -> (N, b, 8, W/4) -> (N, c, 4, W/4) -> (N, D, 1, W/4)
+            widths = (widths + conv.stride[1] - 1) // conv.stride[1]  # pixels -> columns of this layer
+            if padded:
+                x = x * (torch.arange(x.shape[3], device=x.device) < widths[:, None].to(x.device))[:, None, None]
+        return x.squeeze(2).permute(2, 0, 1)  # (N, D, 1, T) -> (T, N, D)
+
+    def sequence(self, features, frames):
+        """Features (T, N, D) and frames (N,) to logits (T, N, C)."""
+        x = self.dropout(features)
+        if int(frames.min()) == x.shape[0]:
+            x, _ = self.lstm(x)  # (T, N, D) -> (T, N, 2 * hidden)
+        else:
+            packed = nn.utils.rnn.pack_padded_sequence(x, frames.cpu(), enforce_sorted=False)
+            x, _ = nn.utils.rnn.pad_packed_sequence(self.lstm(packed)[0], total_length=x.shape[0])  # (T, N, 2 * hidden)
+        return self.linear(self.dropout(x))  # (T, N, 2 * hidden) -> (T, N, C)
+
+    def forward(self, ink, widths):
+        """Ink (N, 1, H, W), 0 = paper, 1 = ink, and true widths in pixels (N,). Returns logits (T, N, C) and frames (N,)."""
+        frames = num_frames(widths)
+        return self.sequence(self.features(ink, widths), frames), frames
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Decoding
+
+class Reading(NamedTuple):
+    """What the network read in one picture. Confidences lie in [0, 1]."""
+    text: str
+    confidence: float  # probability the network gives to exactly this text, all alignments together
+    characters: list  # one (character, confidence) per character of text
+
+
+def greedy_decode(logits, frames, charset):
+    """Best class per frame, repeats merged, blanks removed (Graves et al. 2006, best path decoding).
+
+    logits: (T, N, C); frames: (N,), only a line's own frames are read. Returns a list of N Readings.
+    """
+    log_probs = logits.detach().float().log_softmax(2).cpu()  # (T, N, C)
+    best, classes = log_probs.max(2)  # both (T, N)
+    best, classes = best.exp().T.tolist(), classes.T.tolist()  # both N lists of T
+    paths = []  # per line, (class, confidence) of every character
+    for line_classes, line_best, count in zip(classes, best, frames.tolist()):
+        runs = groupby(zip(line_classes[:count], line_best[:count]), key=lambda frame: frame[0])
+        paths.append([(c, max(p for _, p in run)) for c, run in runs if c != BLANK])
+    confidences = text_probability(log_probs, frames.cpu(), [[c for c, _ in path] for path in paths])
+    return [Reading(charset.decode([c for c, _ in path]), confidence, [(charset.decode([c]), p) for c, p in path])
+            for path, confidence in zip(paths, confidences)]
+
+
+def text_probability(log_probs, frames, targets):
+    """Probability of each target, a list of classes, summed over all its alignments. log_probs (T, N, C), frames (N,)."""
+    lengths = torch.tensor([len(t) for t in targets])
+    padded = torch.full((len(targets), max(1, int(lengths.max()))), BLANK + 1)  # (N, longest)
+    for row, target in zip(padded, targets):
+        row[:len(target)] = torch.tensor(target)
+    loss = F.ctc_loss(log_probs, padded, frames, lengths, blank=BLANK, reduction="none")  # (N,)
+    return loss.neg().exp().clamp(0, 1).tolist()
+
+
+@torch.inference_mode()
+def read_images(model, charset, images, batch_size):
+    """Read uint8 tensors (H, W_i) as load_image returns them, sorted by width so that little is padded.
+
+    Returns a list of Readings in the order of images.
+    """
+    order = sorted(range(len(images)), key=lambda i: images[i].shape[1])
+    readings = [None] * len(images)
+    device = next(model.parameters()).device
+    for start in range(0, len(order), batch_size):
+        batch = order[start:start + batch_size]
+        ink, widths = pad_batch([images[i] for i in batch])  # (N, 1, H, W), (N,)
+        logits, frames = model(ink.to(device), widths)  # (T, N, C), (N,)
+        for i, reading in zip(batch, greedy_decode(logits, frames, charset)):
+            readings[i] = reading
+    return readings
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files
+
+@contextmanager
+def whole_file(path):
+    """Yield a temporary path in the same folder; it replaces path when the block ends well and is removed when it does not."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save_checkpoint(path, model, charset, **facts):
+    """Write all that reading needs, whole or not at all. facts: plain values for the log, such as epoch and accuracy."""
+    checkpoint = dict(format=CHECKPOINT_FORMAT, charset=charset.characters, architecture=model.architecture,
+                      weights={k: v.detach().cpu() for k, v in model.state_dict().items()}, facts=facts)
+    with whole_file(path) as temporary:
+        torch.save(checkpoint, temporary)
+
+
+def load_checkpoint(path, device="cpu"):
+    """Rebuild what save_checkpoint wrote, and nothing else: weights_only=True runs no code from the file.
+
+    Returns the CRNN in eval mode, its Charset and the dict of facts.
+    Raises ValueError, one line naming the file, when it is missing, damaged, or not a checkpoint of this project.
+    """
+    if not Path(path).is_file():
+        raise ValueError(f"no {path}: run python train_crnn.py first, or set MODEL_PATH to a checkpoint")
+    foreign = f"{path} is not a checkpoint of this project: train one with python train_crnn.py, or set MODEL_PATH to another"
+    try:
+        checkpoint = torch.load(path, map_location=device, weights_only=True)
+    except Exception as error:  # torch.load raises pickle, zip, key and runtime errors of many kinds for a foreign file
+        raise ValueError(f"{foreign} ({type(error).__name__})") from None
+    if not isinstance(checkpoint, dict) or checkpoint.get("format") != CHECKPOINT_FORMAT:
+        found = checkpoint.get("format", "none") if isinstance(checkpoint, dict) else type(checkpoint).__name__
+        raise ValueError(f"{foreign} (format {found}, expected {CHECKPOINT_FORMAT})")
+    try:
+        charset = Charset(checkpoint["charset"])
+        model = CRNN(**checkpoint["architecture"])
+        model.load_state_dict(checkpoint["weights"])
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{foreign} ({str(error).splitlines()[0]})") from None
+    return model.to(device).eval(), charset, checkpoint["facts"]
+
+
+def read_labels(csv_path):
+    """A csv of the data.csv form as a DataFrame of strings; labels such as NA, null and 007 stay what they are.
+
+    Raises ValueError, one line with the fix, when the file is missing, empty, malformed, or lacks a column.
+    """
+    import pandas as pd  # here, so that reading a single picture does not wait for it
+
+    try:
+        rows = pd.read_csv(csv_path, dtype=str, keep_default_na=False, encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise ValueError(f"no {csv_path}: run python prepare_ocr_dataset.py first, or set DATA_CSV to your own csv") from None
+    except (pd.errors.EmptyDataError, pd.errors.ParserError, UnicodeDecodeError, OSError) as error:
+        raise ValueError(f"{csv_path} cannot be read as a UTF-8 csv ({error}): write it again, "
+                         f"or run python prepare_ocr_dataset.py") from None
+    missing = [column for column in LABEL_COLUMNS if column not in rows.columns]
+    if missing:
+        raise ValueError(f"{csv_path} has no column {missing[0]}: its first line must be image_path,label "
+                         f"(found: {','.join(rows.columns)})")
+    if rows.empty:
+        raise ValueError(f"{csv_path} has no rows: run python prepare_ocr_dataset.py, or add lines of image_path,label")
+    return rows.fillna("")  # a line with too few fields leaves NaN behind
+
+
+def write_labels(rows, csv_path):
+    """Write a DataFrame so that read_labels finds the same strings again; whole or not at all."""
+    with whole_file(csv_path) as temporary:
+        rows.to_csv(temporary, index=False, quoting=csv.QUOTE_ALL, lineterminator="\n", encoding="utf-8")
+
+
+def add_split(rows):
+    """Fill in the columns source and split where a csv has none; the split by a hash, 8 : 1 : 1.
+
+    Equal labels go to the same split, so that val and test measure texts never trained on. Single characters go by the
+    hash of their path instead: a character that is only in the test could not be learned.
+    """
+    if "source" not in rows:
+        rows["source"] = "custom"
+    if "split" not in rows:
+        keys = rows.label.where(rows.label.str.len() > 1, rows.image_path)
+        rows["split"] = [{0: "val", 1: "test"}.get(zlib.crc32(key.encode()) % 10, "train") for key in keys]
+    return rows
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Scoring
+
+LOOK_ALIKES = str.maketrans({"O": "0", "o": "0", "I": "1", "l": "1", "|": "1", **{c: c.lower() for c in "CKMPSUVWXYZJ"}})
+
+
+def fold_lookalikes(text):
+    """One character for those that a single handwritten character cannot tell apart: {0 O o}, {1 I l |}, and c/C, k/K ..."""
+    return text.translate(LOOK_ALIKES)
+
+
+def score_table(labels, predictions, groups):
+    """Score predictions by group. Three equally long lists of strings. Returns a DataFrame, one row a group, the last all.
+
+    Columns: images; exact, the share read without any error; CER, edits over reference characters, summed over the group;
+    single, how many labels are one character; folded, the share of those that match with look-alikes folded (NaN: none).
+    """
+    import pandas as pd
+    from rapidfuzz.distance import Levenshtein
+
+    rows = pd.DataFrame(dict(group=groups, images=1, exact=[a == b for a, b in zip(labels, predictions)],
+                             edits=[Levenshtein.distance(a, b) for a, b in zip(labels, predictions)],
+                             characters=[len(a) for a in labels], single=[len(a) == 1 for a in labels],
+                             folded=[len(a) == 1 and fold_lookalikes(a) == fold_lookalikes(b) for a, b in zip(labels, predictions)]))
+    sums = rows.groupby("group", sort=True).sum()
+    if len(sums) > 1:
+        sums.loc["all"] = sums.sum()
+    return pd.DataFrame(dict(images=sums.images, exact=sums.exact / sums.images, CER=sums.edits / sums.characters.clip(lower=1),
+                             single=sums.single, folded=sums.folded / sums.single.where(sums.single > 0)))
+
+
+def format_score_table(table):
+    """The table of score_table as text, shares in percent."""
+    percent = "{:.2%}".format
+    return table.to_string(formatters=dict(exact=percent, CER=percent, folded=percent), na_rep="-", index_names=False)

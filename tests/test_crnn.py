@@ -1,0 +1,275 @@
+"""Charset, pictures, network, decoding, checkpoints, csv files and scores."""
+import math
+import os
+import pickle
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from conftest import line_image
+from crnn import (BLANK, CRNN, Charset, add_split, fold_lookalikes, frames_needed, greedy_decode, load_checkpoint, load_image,
+                  num_frames, pad_batch, read_images, read_labels, save_checkpoint, score_table, whole_file, write_labels)
+from prepare_ocr_dataset import CHARSET
+
+
+def small_model(charset, seed=0):
+    torch.manual_seed(seed)
+    model = CRNN(charset.num_classes, channels=(8, 16, 24, 32), hidden=16)
+    for norm in model.norms:  # as after training, so that padding would leak if it could
+        torch.nn.init.normal_(norm.bias), torch.nn.init.normal_(norm.running_mean, 0, 0.1)
+    return model.eval()
+
+
+# ---- charset
+
+@pytest.mark.parametrize("label", ["a", "Hello, World!", "007", " a b ", "√16 ≤ 4.5 ≠ π ± × ÷ ≥", '"', "\\", CHARSET])
+def test_charset_round_trip(label):
+    charset = Charset(CHARSET)
+    indices = charset.encode(label)
+    assert charset.decode(indices) == label
+    assert BLANK not in indices and all(1 <= i < charset.num_classes for i in indices)
+
+
+def test_charset_is_ascii_and_math():
+    assert len(CHARSET) == 103 and Charset(CHARSET).num_classes == 104
+    assert CHARSET[:95] == "".join(map(chr, range(32, 127))) and CHARSET[95:] == "×÷±√π≤≥≠"
+
+
+def test_charset_refuses_duplicates_and_strangers():
+    with pytest.raises(ValueError, match=r"'b' \(U\+0062\)"):
+        Charset("abcb")
+    with pytest.raises(ValueError, match=r"'é' \(U\+00E9\)"):
+        Charset("abc").encode("bé")
+    with pytest.raises(ValueError, match="empty"):
+        Charset("")
+    for index in (BLANK, 4, -1):  # Python would read -1 as the last character
+        with pytest.raises(ValueError, match="class"):
+            Charset("abc").decode([index])
+
+
+# ---- pictures
+
+def reference():
+    return load_image(line_image("Rg7"))
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "RGBA", "LA", "CMYK", "I;16", "I", "F", "HSV", "YCbCr"])
+def test_every_mode_gives_the_same_picture(mode):
+    grey = line_image("Rg7")
+    if mode == "I;16":
+        image = Image.fromarray(np.asarray(grey).astype(np.uint16) * 257)
+    else:
+        image = grey.convert("RGB").convert(mode) if mode in ("HSV", "YCbCr", "CMYK") else grey.convert(mode)
+    tensor = load_image(image)
+    assert tensor.dtype == torch.uint8 and tensor.shape == reference().shape
+    assert (tensor.float() - reference().float()).abs().mean() < (12 if mode == "1" else 2)
+
+
+@pytest.mark.parametrize("text", ["Rg7", "W", ".", "|", "EMBW#@", "l", "-"])
+def test_polarity_does_not_matter(text):
+    grey = line_image(text)
+    light_on_dark = Image.eval(grey, lambda tone: 255 - tone)
+    assert torch.equal(load_image(grey), load_image(light_on_dark))
+    assert load_image(grey).float().mean() > 128
+
+
+@pytest.mark.parametrize("tone", [0, 255])
+def test_transparent_background(tone):
+    """Black or white ink on a transparent ground of any hidden colour."""
+    alpha = np.asarray(Image.eval(line_image("Rg7"), lambda t: 255 - t))
+    for hidden in (0, 255):
+        rgba = np.where(alpha[..., None] > 0, tone, hidden).repeat(3, 2)
+        image = Image.fromarray(np.concatenate([rgba, alpha[..., None]], 2).astype(np.uint8), "RGBA")
+        assert (load_image(image).float() - reference().float()).abs().mean() < 2
+
+
+def test_exif_rotation(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # stored turned by 90 degrees
+    line_image("Rg7").rotate(90, expand=True).save(tmp_path / "turned.png", exif=exif)
+    assert torch.equal(load_image(tmp_path / "turned.png"), reference())
+
+
+def test_arrays_are_pictures():
+    grey = np.asarray(line_image("Rg7"))
+    for array in (grey, grey / 255, grey > 128, np.repeat(grey[..., None], 3, 2), grey.astype(np.float32) / 255):
+        assert (load_image(array).float() - reference().float()).abs().mean() < 12
+
+
+def test_odd_sizes():
+    assert load_image(Image.new("L", (40, 1), 255)).shape == (32, 1280)
+    assert load_image(Image.new("L", (1, 40), 255)).shape == (32, 1)
+    assert load_image(Image.new("L", (3, 100), 255), height=64).shape == (64, 2)
+    blank = load_image(Image.fromarray(np.random.default_rng(0).integers(228, 236, (40, 90), dtype=np.uint8)))
+    assert blank.min() > 190  # faint noise is not stretched into ink
+
+
+@pytest.mark.parametrize("content, complaint", [
+    (b"", "not a picture"), (b"this is text", "not a picture"), (None, "no such file"), ("half", "cannot be read"), ("wide", "too wide")])
+def test_unreadable_pictures_are_named(tmp_path, content, complaint):
+    path = tmp_path / "täst 1.png"
+    if content == "half":
+        line_image("Rg7 and more of it").save(path)
+        path.write_bytes(path.read_bytes()[:300])
+    elif content == "wide":
+        Image.new("L", (9000, 2), 255).save(path)
+    elif content is not None:
+        path.write_bytes(content)
+    with pytest.raises(ValueError, match=complaint) as error:
+        load_image(path)
+    assert str(path) in str(error.value) and "\n" not in str(error.value)
+
+
+# ---- network
+
+def test_frames_follow_the_width():
+    model = small_model(Charset("ab"))
+    for width in (1, 3, 4, 5, 31, 32, 33):
+        logits, frames = model(torch.zeros(1, 1, 32, width), torch.tensor([width]))
+        assert logits.shape == (num_frames(width), 1, 3) and frames.tolist() == [math.ceil(width / 4)]
+
+
+def test_a_line_reads_the_same_alone_and_in_a_batch():
+    charset = Charset(CHARSET)
+    model = small_model(charset)
+    pictures = [load_image(line_image(text)) for text in ("a", "wide enough to matter", "17", "€")]
+    ink, widths = pad_batch(pictures)
+    together, frames = model(ink, widths)
+    for i, picture in enumerate(pictures):
+        alone, count = model(*pad_batch([picture]))
+        assert count[0] == frames[i]
+        torch.testing.assert_close(together[:frames[i], i], alone[:, 0], atol=2e-5, rtol=1e-4)
+    assert [r.text for r in read_images(model, charset, pictures, 4)] == [r.text for r in read_images(model, charset, pictures, 1)]
+
+
+# ---- CTC
+
+@pytest.mark.parametrize("path, text", [("--a-b", "ab"), ("aab-b", "abb"), ("-----", ""), ("aaaaa", "a"), ("a-a-a", "aaa"),
+                                        ("abba-", "aba"), ("bbb-b", "bb"), ("-b--a", "ba")])
+def test_greedy_decoding_table(path, text):
+    """Graves et al. 2006, equation 1: merge repeats, then remove blanks."""
+    logits = torch.full((len(path) + 3, 1, 3), -9.0)  # (T, N, C); three frames of padding, full of "b", are not read
+    logits[:, 0, 2] = 9
+    for t, c in enumerate(path):
+        logits[t, 0] = -9
+        logits[t, 0, "-ab".index(c)] = 9
+    reading, = greedy_decode(logits, torch.tensor([len(path)]), Charset("ab"))
+    assert reading.text == text and reading.confidence > 0.99
+    assert [c for c, _ in reading.characters] == list(text) and all(p > 0.99 for _, p in reading.characters)
+
+
+def test_confidence_is_the_probability_of_the_text():
+    probabilities = torch.tensor([[0.3, 0.7], [0.4, 0.6]])  # two frames of blank, "a"
+    reading, = greedy_decode(probabilities.log()[:, None], torch.tensor([2]), Charset("a"))
+    assert reading.text == "a"
+    assert reading.confidence == pytest.approx(0.7 * 0.6 + 0.7 * 0.4 + 0.3 * 0.6)  # aa, a-, -a
+    assert reading.characters == [("a", pytest.approx(0.7))]
+    empty, = greedy_decode((1 - probabilities).log()[:, None], torch.tensor([2]), Charset("a"))
+    assert empty.text == "" and empty.confidence == pytest.approx(0.7 * 0.6) and empty.characters == []
+
+
+@pytest.mark.parametrize("label", ["a", "ab", "aa", "aab", "abab", "aaa", "abbba"])
+def test_feasibility_is_what_ctc_loss_says(label):
+    target = Charset("ab").encode(label)
+    for frames in range(1, 12):
+        loss = F.ctc_loss(torch.zeros(frames, 1, 3).log_softmax(2), torch.tensor([target]), torch.tensor([frames]),
+                          torch.tensor([len(target)]))
+        assert torch.isfinite(loss) == (frames_needed(label) <= frames)
+
+
+# ---- files
+
+def test_checkpoint_round_trip(tmp_path):
+    charset = Charset(CHARSET)
+    model = small_model(charset)
+    save_checkpoint(tmp_path / "new folder" / "ü.pth", model, charset, epoch=3)
+    again, charset_again, facts = load_checkpoint(tmp_path / "new folder" / "ü.pth")
+    pictures = [load_image(line_image("Round trip"))]
+    ink, widths = pad_batch(pictures)
+    assert torch.equal(model(ink, widths)[0], again(ink, widths)[0])
+    assert charset_again.characters == CHARSET and facts == {"epoch": 3} and not again.training
+    assert [p.name for p in (tmp_path / "new folder").iterdir()] == ["ü.pth"]  # no temporary file left
+
+
+class Malicious:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.mark.parametrize("kind", ["missing", "pickle", "torch pickle", "text", "empty", "other dict", "other network"])
+def test_foreign_checkpoints_are_refused(tmp_path, kind):
+    path, trap = tmp_path / "model.pth", tmp_path / "trap"
+    if kind == "pickle":
+        path.write_bytes(pickle.dumps(Malicious(trap)))
+    elif kind == "torch pickle":
+        torch.save(dict(format=1, charset=Malicious(trap)), path)
+    elif kind == "other dict":
+        torch.save(dict(state_dict={}), path)
+    elif kind == "other network":
+        torch.save(dict(format=1, charset="abc", architecture=dict(num_classes=9), weights={}, facts={}), path)
+    elif kind != "missing":
+        path.write_bytes(b"" if kind == "empty" else b"hello there")
+    with pytest.raises(ValueError, match="train_crnn.py") as error:
+        load_checkpoint(path)
+    assert str(path) in str(error.value) and "\n" not in str(error.value)
+    assert not trap.exists()
+
+
+def test_a_failed_write_leaves_the_former_file(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("former")
+    with pytest.raises(OSError), whole_file(path) as temporary:
+        temporary.write_text("half")
+        raise OSError("disk full")
+    assert path.read_text() == "former" and list(tmp_path.iterdir()) == [path]
+
+
+AWKWARD = ["NA", "null", "None", "nan", "007", "1e5", '"', ",", "'", '""', "a,b", " a", "#", "-", "=1+1", "\\", "True", "≤", "1.0"]
+
+
+def test_awkward_labels_survive(tmp_path):
+    rows = pd.DataFrame(dict(image_path=[f"{i}.png" for i in range(len(AWKWARD))], label=AWKWARD, source="x", split="train"))
+    write_labels(rows, tmp_path / "data.csv")
+    assert read_labels(tmp_path / "data.csv").to_dict("list") == rows.to_dict("list")
+
+
+@pytest.mark.parametrize("text, complaint", [
+    (None, "prepare_ocr_dataset.py first"), ("", "cannot be read"), ("image_path,label\n", "no rows"), ("image_path,text\na,b\n", "no column label"),
+    ("image_path,label\na,b,c,d\n1,2\n\"", "cannot be read"), (b"image_path,label\na.png,\xff\xfe\n", "cannot be read")])
+def test_unusable_csv(tmp_path, text, complaint):
+    path = tmp_path / "data.csv"
+    if text is not None:
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(ValueError, match=complaint) as error:
+        read_labels(path)
+    assert str(path) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_split_by_hash():
+    rows = add_split(pd.DataFrame(dict(image_path=[f"{i}.png" for i in range(4000)], label=[f"word{i % 500}" for i in range(4000)])))
+    assert (rows.source == "custom").all()
+    assert rows.groupby("label").split.nunique().max() == 1  # a label is in one split only
+    assert rows.split.value_counts(normalize=True)["train"] == pytest.approx(0.8, abs=0.06)
+    singles = add_split(pd.DataFrame(dict(image_path=[f"{i}.png" for i in range(400)], label=["a", "b"] * 200)))
+    assert singles.groupby("label").split.nunique().min() == 3  # single characters are in all
+
+
+# ---- scores
+
+def test_scores_add_up_before_they_divide():
+    table = score_table(["O", "b", "abcdefgh", "l"], ["0", "b", "abXdefg", "I"], ["one", "one", "two", "one"])
+    assert table.loc["one", "exact"] == pytest.approx(1 / 3) and table.loc["one", "folded"] == 1
+    assert table.loc["two", "CER"] == pytest.approx(2 / 8) and math.isnan(table.loc["two", "folded"])
+    assert table.loc["all", "images"] == 4 and table.loc["all", "CER"] == pytest.approx(4 / 11)
+
+
+def test_look_alikes():
+    assert fold_lookalikes("0Oo") == "000" and fold_lookalikes("1Il|") == "1111"
+    assert fold_lookalikes("CKMPSUVWXYZJ") == "ckmpsuvwxyzj" and fold_lookalikes("ABab") == "ABab"
