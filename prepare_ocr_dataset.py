@@ -328,18 +328,21 @@ def draw_line(text, font):
         background_type=random.choice([0, 0, 1]), blur=random.choice([0, 0, 0.6, 1]), random_blur=True,
         margins=(0, 0, 0, 0), output_mask=True))[0]
     box = mask.getbbox()  # not in grey: TRDG numbers the characters in the mask's blue, and the first are nearly black
-    if box is None or box[0] == 0 or box[2] == mask.width:
+    if box is None or box[0] < 2 or box[2] > mask.width - 2:
         return None
     left, top, right, bottom = random_margins(box, image.size, tight=len(text) > 2 and random.random() < 0.5)
     return image.convert("L").crop((left, top, right, bottom))
 
 
 def random_margins(box, size, tight):
-    """Cut a picture at random outside its ink box. Its height is kept unless tight: a single character's place on the line tells c from C."""
+    """Cut a picture at random, 2 pixels or more outside its ink box. Returns the box to keep.
+
+    Its height is kept unless tight: a single character's place on the line tells c from C and a comma from a quote.
+    """
     (left, top, right, bottom), (width, height) = box, size
-    left, right = random.randint(0, max(0, left - 1)), width - random.randint(0, max(0, width - right - 1))
+    left, right = random.randint(0, max(0, left - 2)), width - random.randint(0, max(0, width - right - 2))
     if tight:
-        top, bottom = random.randint(0, max(0, top - 1)), height - random.randint(0, max(0, height - bottom - 1))
+        top, bottom = random.randint(0, max(0, top - 2)), height - random.randint(0, max(0, height - bottom - 2))
     else:
         top, bottom = 0, height
     return left, top, right, bottom

@@ -1,0 +1,129 @@
+"""Reading: from Python, from the command line, and the three scripts in sequence."""
+import csv
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from conftest import ROOT, fake_emnist, line_image, write_csv
+from crnn import CRNN, Charset, load_checkpoint, save_checkpoint
+
+
+@pytest.fixture
+def checkpoint(infer):
+    """An untrained network: what it reads is nonsense, how it is reported is not."""
+    charset = Charset("".join(map(chr, range(32, 127))))
+    model = CRNN(charset.num_classes, channels=(8, 16, 24, 32), hidden=16)
+    save_checkpoint(infer.MODEL_PATH, model, charset)
+    return infer.MODEL_PATH
+
+
+def predictions(infer):
+    with open(infer.PREDICTIONS_CSV, newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def test_recognize_takes_paths_pictures_and_arrays(infer, checkpoint, tmp_path, capsys):
+    image = line_image("Rg7")
+    image.save(tmp_path / "a b ü.png")
+    (tmp_path / "bad.png").write_bytes(b"bad")
+    sources = [tmp_path / "a b ü.png", str(tmp_path / "a b ü.png"), image, np.asarray(image), tmp_path / "bad.png", line_image("wider than that")]
+    readings = infer.recognize(sources, checkpoint)
+    assert len(readings) == 6 and readings[4] is None and "bad.png" in capsys.readouterr().err
+    assert len({r.text for r in readings[:4]}) == 1 and all(0 <= r.confidence <= 1 for r in readings if r)
+    assert infer.recognize(sources[:1], load_checkpoint(checkpoint))[0].text == readings[0].text
+    assert infer.recognize([], checkpoint) == []
+
+
+def test_reads_pictures_folders_and_csv(infer, checkpoint, tmp_path, capsys):
+    write_csv(tmp_path / "my forms", ["cat", "NA", "007", "it's"], name="own.csv")
+    line_image("single").save(tmp_path / "single.PNG")
+    status = infer.main([str(tmp_path / "single.PNG"), str(tmp_path / "my forms"), str(tmp_path / "my forms" / "own.csv")])
+    output, rows = capsys.readouterr().out, predictions(infer)
+    assert status == 0 and len(rows) == 1 + 4 + 4 and output.count("Image: ") == 9
+    assert [row["label"] for row in rows[5:]] == ["cat", "NA", "007", "it's"] and {row["label"] for row in rows[:5]} == {""}
+    assert [row["source"] for row in rows[5:]] == ["custom"] * 4 and output.count("Ground Truth: ") == 4
+    assert list(rows[0]) == ["image_path", "label", "source", "prediction", "confidence"]
+    assert re.search(r"^custom +4 ", output, re.M)  # scored by source
+    blocks = re.findall(r"^Image: (.+)\nGround Truth: (.+)\nPredicted   : (.*)  \(confidence \d\.\d\d(?:, please check)?\)\n\n", output, re.M)
+    assert [(Path(path).name, label) for path, label, _ in blocks] == [("0.png", "cat"), ("1.png", "NA"), ("2.png", "007"), ("3.png", "it's")]
+
+
+def test_the_constant_number_of_test_rows(infer, checkpoint, tmp_path, monkeypatch, capsys):
+    write_csv(tmp_path / "datasets", [f"w{i}" for i in range(60)], split=["train", "test"] * 30)
+    monkeypatch.setattr(infer, "NUM_SAMPLES", 7)
+    assert infer.main() == 0
+    rows = predictions(infer)
+    assert 5 <= len(rows) <= 7 and all(int(row["label"][1:]) % 2 for row in rows)
+
+
+def test_low_confidence_is_marked(infer, checkpoint, tmp_path, monkeypatch, capsys):
+    line_image("x").save(tmp_path / "x.png")
+    monkeypatch.setattr(infer, "MIN_CONFIDENCE", 1.1)
+    infer.main([str(tmp_path / "x.png")])
+    assert "please check" in capsys.readouterr().out
+    monkeypatch.setattr(infer, "MIN_CONFIDENCE", 0)
+    infer.main([str(tmp_path / "x.png")])
+    assert "please check" not in capsys.readouterr().out
+
+
+def test_unreadable_pictures_are_reported_and_the_rest_is_read(infer, checkpoint, tmp_path, capsys):
+    folder = tmp_path / "mixed"
+    write_csv(folder, ["cat", "dog"])
+    (folder / "zero.png").write_bytes(b"")
+    (folder / "half.png").write_bytes((folder / "0.png").read_bytes()[:90])
+    (folder / "text.jpg").write_text("no picture")
+    assert infer.main([str(folder), str(tmp_path / "missing.png")]) == 1
+    captured = capsys.readouterr()
+    assert len(predictions(infer)) == 2 and "4 skipped" in captured.out
+    for name in ("zero.png", "half.png", "text.jpg", "missing.png"):
+        assert name in captured.err
+
+
+@pytest.mark.parametrize("case, complaint", [
+    ("no checkpoint", "train_crnn.py first"), ("foreign checkpoint", "not a checkpoint of this project"), ("no data.csv", "prepare_ocr_dataset.py first"),
+    ("no test rows", "no test rows"), ("empty folder", "holds no pictures"), ("csv without label", "no column label"), ("unwritable", "PREDICTIONS_CSV")])
+def test_one_line_says_what_to_do(infer, checkpoint, tmp_path, monkeypatch, case, complaint):
+    line_image("x").save(tmp_path / "x.png")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "bad.csv").write_text("image_path,text\nx.png,x\n")
+    arguments = {"empty folder": [str(tmp_path / "empty")], "csv without label": [str(tmp_path / "bad.csv")],
+                 "unwritable": [str(tmp_path / "x.png")]}.get(case, [])
+    if case == "no checkpoint":
+        Path(checkpoint).unlink()
+    if case == "foreign checkpoint":
+        Path(checkpoint).write_bytes(b"something else")
+    if case == "no test rows":
+        write_csv(tmp_path / "datasets", ["a", "b"], split="train")
+    if case == "unwritable":
+        monkeypatch.setattr(infer, "PREDICTIONS_CSV", str(tmp_path / "x.png" / "predictions.csv"))
+    with pytest.raises(SystemExit, match=complaint) as stop:
+        infer.main(arguments)
+    assert "\n" not in str(stop.value)
+
+
+def test_importing_a_script_does_nothing(tmp_path):
+    """From another folder: no output, no file, no process."""
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import prepare_ocr_dataset, train_crnn, inference_crnn, crnn"
+    done = subprocess.run([sys.executable, "-B", "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and done.stdout == "" and done.stderr == "" and not list(tmp_path.iterdir())
+
+
+def test_the_three_scripts_in_sequence(prepare, train, infer, monkeypatch, capsys):
+    """As a user runs them, on tiny constants: data is drawn, a model learns from it, and test rows are read."""
+    fake_emnist(Path(prepare.DATASETS_DIR))
+    prepare.main()
+    monkeypatch.setattr(train, "EPOCHS", 2)
+    train.main()
+    assert infer.main() == 0
+    output = capsys.readouterr().out
+    for source in prepare.SOURCES:
+        assert output.count(source) >= 3  # in every script's table
+    assert "Epoch 2/2" in output and "✅ Model saved to" in output and output.count("Image: ") == len(predictions(infer)) > 0
+    assert set(load_checkpoint(train.MODEL_PATH)[1].characters) <= set(prepare.CHARSET)
+    assert {Path(row["image_path"]).parent.name for row in predictions(infer)} <= set(prepare.SOURCES)

@@ -1,0 +1,217 @@
+"""Training: what it says of the data, that it learns, resumes, starts from other weights, and stops in good order."""
+import os
+import re
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+
+from conftest import line_image, write_csv
+from crnn import Charset, load_checkpoint, load_image
+
+TEXTS = ["cat", "dog", "7+5", "007", "NA", "llama", "B-12", "x=3", "ok", "null", "1e5", "up", "$9.50", "a b", "Zoo", "42"]
+
+
+@pytest.fixture(scope="module")
+def own_csv(tmp_path_factory):
+    """32 pictures of 16 texts, the same for training and validation."""
+    folder = tmp_path_factory.mktemp("own data ü")
+    return write_csv(folder, TEXTS * 2, source="mine", split=["train"] * 16 + ["val"] * 16)
+
+
+def weights(path):
+    return load_checkpoint(path)[0].state_dict()
+
+
+def test_overfits_32_pictures(train, monkeypatch, tmp_path, capsys):
+    texts = [f"{i * 7919 % 10000:04}" for i in range(32)]
+    path = write_csv(tmp_path / "datasets", texts, split="train")
+    rows = pd.read_csv(path, dtype=str)
+    pd.concat([rows, rows.assign(split="val")]).to_csv(path, index=False)
+    for name, value in dict(EPOCHS=40, BATCH_SIZE=8, AUGMENT=0, DROPOUT=0, LEARNING_RATE=1e-2, CHANNELS=(16, 32, 48, 64), HIDDEN=64).items():
+        monkeypatch.setattr(train, name, value)
+    train.main()
+    output = capsys.readouterr().out
+    lines = re.findall(r"^Epoch (\d+)/40 — Loss: (\d+\.\d{4}) — Accuracy: (\d+\.\d\d)% — CER: \d+\.\d\d%", output, re.M)
+    assert [int(epoch) for epoch, _, _ in lines] == list(range(1, 41))
+    assert max(float(accuracy) for _, _, accuracy in lines) == 100
+    assert float(lines[-1][1]) < 0.1 < float(lines[0][1])
+    assert "this is normal" in output  # the first epochs give blanks only
+    assert f"✅ Model saved to {train.MODEL_PATH}" in output
+    model, charset, facts = load_checkpoint(train.MODEL_PATH)
+    assert facts["val_exact"] == 1 and charset.characters == "".join(sorted(set("".join(texts))))
+
+
+def test_own_csv_with_two_columns(train, tmp_path, capsys):
+    write_csv(tmp_path / "datasets", [f"{word}{i}" for i in range(6) for word in TEXTS])
+    train.main()
+    output = capsys.readouterr().out
+    assert re.search(r"custom +\d+ +\d+ +\d+", output) and "96 rows" in output  # train, val, test by hash
+    assert "Test rows, never trained on" in output and output.count(" | ") == 3
+
+
+def test_says_which_rows_are_left_out_and_why(train, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(train, "MIN_CHARACTER_ROWS", 2)
+    folder = tmp_path / "datasets"
+    path = write_csv(folder, TEXTS * 4, split="train")
+    line_image("x" * 40).save(folder / "whole.png")
+    (folder / "half ü.png").write_bytes((folder / "whole.png").read_bytes()[:200])
+    (folder / "zero.png").write_bytes(b"")
+    (folder / "text.png").write_text("no picture")
+    bad = [("missing.png", "cat"), ("half ü.png", "cat"), ("zero.png", "cat"), ("text.png", "cat"), ("0.png", ""), ("1.png", "caté"),
+           ("2.png", "l" * 400), ("3.png", "a\tb")]
+    rows = pd.concat([pd.read_csv(path, dtype=str, keep_default_na=False),
+                      pd.DataFrame([(p, label, "train") for p, label in bad], columns=["image_path", "label", "split"])])
+    rows.to_csv(path, index=False)
+    train.main()
+    output = capsys.readouterr().out
+    assert "left out: 4 rows, missing or unreadable picture" in output
+    for name in ("missing.png", "half ü.png", "zero.png"):
+        assert name in output
+    assert "left out: 1 rows, empty label" in output
+    assert "'é' (U+00E9)" in output and "left out: 1 rows, character outside the charset" in output
+    assert "400 characters need 799 frames" in output
+    assert "left out: 1 rows, line break or control character" in output
+    assert "é" not in load_checkpoint(train.MODEL_PATH)[1].characters and "no val rows" in output
+
+
+@pytest.mark.parametrize("content, complaint", [
+    (None, "prepare_ocr_dataset.py first"), ("", "cannot be read"), ("image_path,label\n", "no rows"), ("path,label\na,b\n", "no column image_path"),
+    ("image_path,label,split\na.png,abc,dev\n", "'dev'"), ("image_path,label,split\na.png,abc,train\n", "no row to train on"),
+    ("image_path,label,split\na.png,abc,test\n", "no training labels")])
+def test_nothing_to_train_on(train, tmp_path, content, complaint):
+    Path(train.DATA_CSV).parent.mkdir()
+    if content is not None:
+        Path(train.DATA_CSV).write_text(content)
+    with pytest.raises(SystemExit, match=complaint) as stop:
+        train.main()
+    assert "\n" not in str(stop.value) and train.DATA_CSV in str(stop.value)
+    assert not Path(train.MODEL_PATH).exists()
+
+
+def test_resuming_reaches_the_same_weights(train, own_csv, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(train, "DATA_CSV", str(own_csv))
+    monkeypatch.setattr(train, "EPOCHS", 4)
+    train.main()
+    whole = torch.load(train.resume_path(), weights_only=True)["model"]
+
+    monkeypatch.setattr(train, "MODEL_PATH", str(tmp_path / "stopped" / "crnn.pth"))
+    save = train.save_state
+    def stop_after_two(state, *rest):
+        save(state, *rest)
+        if state["epoch"] == 2:
+            raise KeyboardInterrupt
+    monkeypatch.setattr(train, "save_state", stop_after_two)
+    train.main()
+    assert "stopped after epoch 2: set RESUME = True" in capsys.readouterr().out
+    monkeypatch.setattr(train, "save_state", save)
+    monkeypatch.setattr(train, "RESUME", True)
+    train.main()
+    resumed = torch.load(train.resume_path(), weights_only=True)["model"]
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+    monkeypatch.setattr(train, "LEARNING_RATE", 1e-4)
+    with pytest.raises(SystemExit, match="other data or other constants"):
+        train.main()
+
+
+def test_the_same_seed_gives_the_same_weights(train, own_csv, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "DATA_CSV", str(own_csv))
+    train.main()
+    first = weights(train.MODEL_PATH)
+    monkeypatch.setattr(train, "MODEL_PATH", str(tmp_path / "again" / "crnn.pth"))
+    train.main()
+    assert all(torch.equal(first[name], tensor) for name, tensor in weights(train.MODEL_PATH).items())
+
+
+def test_a_former_model_is_kept(train, own_csv, monkeypatch):
+    monkeypatch.setattr(train, "DATA_CSV", str(own_csv))
+    train.main()
+    first = Path(train.MODEL_PATH).read_bytes()
+    train.main()
+    assert Path(train.MODEL_PATH).with_suffix(".former.pth").read_bytes() == first
+
+
+def test_starts_from_other_weights_by_character(train, own_csv, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(train, "DATA_CSV", str(own_csv))
+    train.main()
+    before, known, _ = load_checkpoint(train.MODEL_PATH)
+    charset = Charset("é" + known.characters[::-1])
+    torch.manual_seed(1)
+    model = train.CRNN(charset.num_classes, 32, train.CHANNELS, train.HIDDEN)
+    fresh = model.linear.weight[charset.index["é"]].clone()
+    train.carry_over(model, charset, train.MODEL_PATH)
+    for c in known.characters:
+        assert torch.equal(model.linear.weight[charset.index[c]], before.linear.weight[known.index[c]])
+    assert torch.equal(model.linear.weight[0], before.linear.weight[0]) and torch.equal(model.linear.weight[charset.index["é"]], fresh)
+    assert torch.equal(model.lstm.weight_ih_l0, before.lstm.weight_ih_l0)
+    assert "did not know: 'é' (U+00E9)" in capsys.readouterr().out
+    monkeypatch.setattr(train, "INIT_WEIGHTS", train.MODEL_PATH)
+    monkeypatch.setattr(train, "MODEL_PATH", str(tmp_path / "tuned" / "crnn.pth"))
+    train.main()
+    monkeypatch.setattr(train, "INIT_WEIGHTS", str(tmp_path / "no such.pth"))
+    with pytest.raises(SystemExit, match="INIT_WEIGHTS: no .*no such.pth"):
+        train.main()
+
+
+@pytest.mark.parametrize("place", ["file/crnn.pth", "file/deeper/crnn.pth"])
+def test_an_output_folder_that_cannot_be_written(train, own_csv, tmp_path, monkeypatch, place):
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.setattr(train, "MODEL_PATH", str(tmp_path / place))
+    with pytest.raises(SystemExit, match="Set MODEL_PATH") as stop:
+        train.main()
+    assert "\n" not in str(stop.value)
+
+
+def test_a_full_disk_during_training(train, own_csv, monkeypatch):
+    monkeypatch.setattr(train, "DATA_CSV", str(own_csv))
+    train.main()
+    before = Path(train.MODEL_PATH).read_bytes()
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(SystemExit, match="No space left on device"):
+        train.main()
+    kept = Path(train.MODEL_PATH).with_suffix(".former.pth")
+    assert (kept if kept.exists() else Path(train.MODEL_PATH)).read_bytes() == before
+
+
+# ---- the parts
+
+def test_buckets_hold_every_row(train, tmp_path):
+    path = write_csv(tmp_path / "datasets", TEXTS, split="train")
+    rows, charset = train.load_data()
+    assert charset.characters == "".join(sorted(set("".join(TEXTS))))
+    read = []
+    for bucket in train.make_buckets(rows, charset):
+        assert bucket.pixels.dtype == torch.uint8 and bucket.pixels.shape[1:3] == (1, 32)
+        for pixels, target, length in zip(bucket.pixels, bucket.targets, bucket.lengths):
+            label = charset.decode(target[:length].tolist())
+            read.append(label)
+            picture = load_image(Path(path).parent / f"{TEXTS.index(label)}.png")
+            assert torch.equal(pixels[0, :, :picture.shape[1]], picture) and (pixels[0, :, picture.shape[1]:] == 255).all()
+            assert pixels.shape[2] - picture.shape[1] < (16 if pixels.shape[2] <= 256 else 32)
+    assert sorted(read) == sorted(TEXTS)
+
+
+def test_batches_cover_an_epoch_once(train, own_csv, monkeypatch):
+    monkeypatch.setattr(train, "DATA_CSV", str(own_csv))
+    monkeypatch.setattr(train, "BATCH_SIZE", 3)
+    rows, charset = train.load_data()
+    buckets = train.make_buckets(rows, charset)
+    seen = [(id(bucket), i) for bucket, indices in train.shuffled_batches(buckets) for i in indices.tolist()]
+    assert len(seen) == len(set(seen)) == len(rows)
+
+
+def test_augmentation_keeps_the_text_readable(train):
+    torch.manual_seed(0)
+    ink = train.to_ink(load_image(line_image("Rg7")))[None, None].repeat(200, 1, 1, 1)
+    changed = train.augment(ink, 1.0)
+    assert changed.shape == ink.shape and torch.isfinite(changed).all()
+    share = changed.clamp(0, 1).sum((1, 2, 3)) / ink.sum((1, 2, 3))
+    assert share.min() > 0.4 and share.max() < 2.2  # neither wiped out nor drowned
+    assert (changed - ink).abs().mean((1, 2, 3)).min() > 0.005  # each is another picture
+    assert torch.allclose(train.augment(ink, 0.0).sum(), ink.sum(), rtol=0.12)
