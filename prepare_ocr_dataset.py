@@ -254,9 +254,10 @@ def random_single():
     return random.choice({"letters": string.ascii_letters, "digits": string.digits, "signs": string.punctuation}[pool])
 
 
-def random_text(split):
-    """One label for printed or handwritten text, made of the words of a split."""
-    kind = weighted(words=38, punctuated=16, number=16, code=10, string=11, single=9)
+def random_text(split, by_hand=False):
+    """One label made of the words of a split; by hand, people write more words and fewer codes and odd strings."""
+    kind = weighted(words=48, punctuated=16, number=16, code=6, string=6, single=8) if by_hand else \
+        weighted(words=38, punctuated=16, number=16, code=10, string=11, single=9)
     if kind == "words":
         return " ".join(random_word(split) for _ in range(random.choices((1, 2, 3), (6, 3, 1))[0]))
     return {"punctuated": lambda: punctuated(split), "number": random_number, "code": random_code, "single": random_single,
@@ -491,7 +492,7 @@ def draw_trdg(index):
 
 def draw_handwriting(index):
     split, _ = split_and_rank(index)
-    text = random_text(split)
+    text = random_text(split, by_hand=True)
     return draw_text(split, HAND, text), text
 
 
