@@ -19,6 +19,8 @@ import threading
 import time
 import urllib.request
 import zlib
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from functools import cache, lru_cache, partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -30,11 +32,11 @@ from tqdm import tqdm
 
 # ---------------------------------------------------------------------------------------------------------------------
 # How many pictures of each source; 0 leaves it out. One in 20 is kept for validation and one for the test.
-NUM_TRDG = 40_000  # printed text
-NUM_MATH = 16_000  # expressions
-NUM_EMNIST = 60_000  # single handwritten characters, as many as the EMNIST files hold at most
-NUM_EMNIST_WORDS = 28_000  # strings composed of EMNIST characters
-NUM_HANDWRITING = 30_000  # text in handwriting fonts
+NUM_TRDG = 34_000  # printed text
+NUM_MATH = 14_000  # expressions
+NUM_EMNIST = 45_000  # single handwritten characters, as many as the EMNIST files hold at most
+NUM_EMNIST_WORDS = 22_000  # strings composed of EMNIST characters
+NUM_HANDWRITING = 28_000  # text in handwriting fonts
 
 # What may be drawn
 CHARSET = ("".join(chr(i) for i in range(32, 127))  # printable ASCII, the space included
@@ -525,6 +527,10 @@ SOURCES = {  # name and folder -> what draws one sample, and the constant that s
 TRIES = 200  # texts tried for one sample
 
 
+class CannotDraw(Exception):
+    """No text of a source can be drawn with these constants. No SystemExit, which would end a worker without a word."""
+
+
 def draw_sample(source, folder, index):
     """Draw sample index of a source into folder. Returns file name, label, split and seconds. Runs in the workers."""
     import cv2
@@ -539,7 +545,7 @@ def draw_sample(source, folder, index):
             if frames_needed(label) <= num_frames(round(image.width * HEIGHT / image.height)):
                 break
     else:
-        raise SystemExit(f"no {source} picture could be drawn in {TRIES} tries (the last label was {label!r}): are CHARSET, "
+        raise CannotDraw(f"no {source} picture could be drawn in {TRIES} tries (the last label was {label!r}): are CHARSET, "
                          f"MAX_LENGTH and the fonts in {FONTS_DIR} too narrow for it? Set {SOURCES[source][1]} = 0 to leave it out")
     name = f"{index:05}.png"
     image.save(Path(folder) / name, compress_level=3)
@@ -559,8 +565,8 @@ def draw_source(source, count, folder):
     if NUM_WORKERS <= 1:
         return list(bar(map(draw, range(count))))
     constants = {name: value for name, value in globals().items() if name.isupper() and name != "SOURCES"}
-    with multiprocessing.get_context(START_METHOD).Pool(NUM_WORKERS, start_worker, (constants,)) as pool:
-        return list(bar(pool.imap(draw, range(count), chunksize=32)))
+    with ProcessPoolExecutor(NUM_WORKERS, multiprocessing.get_context(START_METHOD), start_worker, (constants,)) as workers:
+        return list(bar(workers.map(draw, range(count), chunksize=32)))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -650,6 +656,10 @@ def main():
         table = pd.DataFrame(rows, columns=["image_path", "label", "source", "split", "seconds"])
         draw_preview(table, datasets / "preview.png")
         write_labels(table.drop(columns="seconds"), datasets / "data.csv")
+    except CannotDraw as error:
+        raise SystemExit(str(error))
+    except BrokenProcessPool:
+        raise SystemExit("a worker process died, most likely for want of memory: set NUM_WORKERS lower")
     except OSError as error:
         raise SystemExit(f"cannot write to {datasets}: {error}. Make room there, or set DATASETS_DIR to another folder. "
                          f"Pictures and data.csv of an earlier run are as they were" + ("." if (datasets / "data.csv").exists() else " not: run again."))

@@ -174,6 +174,7 @@ def test_one_line_says_what_to_do(prepare, monkeypatch, tmp_path, case, complain
     for name, value in dict(dict.fromkeys(["NUM_MATH", "NUM_EMNIST", "NUM_EMNIST_WORDS", "NUM_HANDWRITING"], 0), **changes).items():
         monkeypatch.setattr(prepare, name, value)
     if case == "impossible":
+        monkeypatch.setattr(prepare, "NUM_WORKERS", 2)  # the complaint of a worker must reach the user
         monkeypatch.setattr(prepare, "find_fonts", lambda: ([prepare.Font(FONT, "printed", f, frozenset("≠"), f == "b") for f in "ab"], []))
     with pytest.raises(SystemExit, match=complaint) as stop:
         prepare.main()
