@@ -7,6 +7,7 @@ the text. Functions here take arguments only: the constants that a user edits ar
 Letters in shapes: N images, H height, W width in pixels, T frames (one per 4 pixels of width), C classes, D features.
 """
 import csv
+import io
 import os
 import zlib
 from contextlib import contextmanager
@@ -309,12 +310,19 @@ def whole_file(path):
         temporary.unlink(missing_ok=True)
 
 
+def save_tensors(path, content):
+    """torch.save, whole or not at all. Through memory, because on a full disk torch raises a RuntimeError that names no file."""
+    memory = io.BytesIO()
+    torch.save(content, memory)
+    with whole_file(path) as temporary:
+        temporary.write_bytes(memory.getbuffer())
+
+
 def save_checkpoint(path, model, charset, **facts):
     """Write all that reading needs, whole or not at all. facts: plain values for the log, such as epoch and accuracy."""
     checkpoint = dict(format=CHECKPOINT_FORMAT, charset=charset.characters, architecture=model.architecture,
                       weights={k: v.detach().cpu() for k, v in model.state_dict().items()}, facts=facts)
-    with whole_file(path) as temporary:
-        torch.save(checkpoint, temporary)
+    save_tensors(path, checkpoint)
 
 
 def load_checkpoint(path, device="cpu"):

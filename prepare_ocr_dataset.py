@@ -661,8 +661,9 @@ def main():
     except BrokenProcessPool:
         raise SystemExit("a worker process died, most likely for want of memory: set NUM_WORKERS lower")
     except OSError as error:
-        raise SystemExit(f"cannot write to {datasets}: {error}. Make room there, or set DATASETS_DIR to another folder. "
-                         f"Pictures and data.csv of an earlier run are as they were" + ("." if (datasets / "data.csv").exists() else " not: run again."))
+        kept = "data.csv and the pictures of an earlier run are as they were" if (datasets / "data.csv").exists() else \
+            "there is no data.csv until this script has run to its end"
+        raise SystemExit(f"cannot write to {datasets}: {error}. Make room there, or set DATASETS_DIR to another folder; {kept}")
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 

@@ -6,6 +6,7 @@ Prints what the data said, one line per epoch, and at the end a table on the tes
 validation rows, is in MODEL_PATH, with all that reading needs. Stop with Ctrl-C at any time; RESUME goes on where it stopped.
 """
 import os
+import shutil
 import sys
 import time
 import unicodedata
@@ -21,7 +22,7 @@ from torch import nn
 from tqdm import tqdm
 
 from crnn import (BLANK, CRNN, HEIGHT, Charset, add_split, describe, format_score_table, frames_needed, load_checkpoint, load_image,
-                  num_frames, read_images, read_labels, save_checkpoint, score_table, to_ink, whole_file)
+                  num_frames, read_images, read_labels, save_checkpoint, save_tensors, score_table, to_ink, whole_file)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Data and files
@@ -321,13 +322,13 @@ def main():
     state = dict(epoch=0, best=-1.0)
     if RESUME:
         state = load_state(model, shortcut, optimizer, schedule, rows)
-    replaced = state["epoch"] > 0  # whether a former model was already moved aside
+    replaced = state["epoch"] > 0  # whether a former model was already copied aside
     started = time.perf_counter()
     try:
         for epoch in range(state["epoch"] + 1, EPOCHS + 1):
             torch.manual_seed(SEED + 1_000_003 * epoch)  # all chance of an epoch follows from its number: resuming is exact
             model.train()
-            if epoch > EPOCHS * (1 - FROZEN_NORMS):
+            if epoch > max(1, EPOCHS * (1 - FROZEN_NORMS)):  # not in the first, which has no averages to use yet
                 model.norms.eval()
             loss = train_epoch(model, shortcut, optimizer, schedule, buckets, f"epoch {epoch}/{EPOCHS}")
             predictions = predict(model, charset, val)
@@ -350,8 +351,9 @@ def main():
         if state["best"] < 0:
             raise SystemExit(130)
     except OSError as error:
+        resume = f", and RESUME = True goes on after epoch {state['epoch']}" if resume_path().exists() else ""
         raise SystemExit(f"cannot write to {Path(MODEL_PATH).parent}: {error}. Make room there or set MODEL_PATH; what was saved "
-                         f"before is whole, and RESUME = True goes on from epoch {state['epoch']}")
+                         f"before is whole{resume}")
     print(f"✅ Model saved to {MODEL_PATH}")
 
     if len(test):
@@ -362,10 +364,11 @@ def main():
 
 
 def keep_former_model():
-    """Move the model of an earlier training aside before the first save of this one. Returns True."""
+    """Copy the model of an earlier training aside before the first save of this one. Returns True."""
     if Path(MODEL_PATH).exists():
         former = Path(MODEL_PATH).with_suffix(".former.pth")
-        os.replace(MODEL_PATH, former)
+        with whole_file(former) as temporary:
+            shutil.copyfile(MODEL_PATH, temporary)
         print(f"    the model of an earlier training is kept as {former.as_posix()}")
     return True
 
@@ -373,22 +376,27 @@ def keep_former_model():
 def fingerprint(rows):
     """What must be the same for a resumed training to reach the same weights: the rows, and the constants that shape a step."""
     text = rows[["image_path", "label", "split"]].to_csv(index=False)
-    return f"{zlib.crc32(text.encode()):08x} {(CHANNELS, HIDDEN, DROPOUT, EPOCHS, BATCH_SIZE, LEARNING_RATE, WARM_UP, WEIGHT_DECAY, SHORTCUT_WEIGHT, FROZEN_NORMS, AUGMENT, SEED)}"
+    constants = (CHANNELS, HIDDEN, DROPOUT, EPOCHS, BATCH_SIZE, LEARNING_RATE, WARM_UP, WEIGHT_DECAY, SHORTCUT_WEIGHT,
+                 FROZEN_NORMS, AUGMENT, SEED)
+    return f"{zlib.crc32(text.encode()):08x} {constants}"
 
 
 def save_state(state, model, shortcut, optimizer, schedule, rows):
     """Write all that training needs to go on, whole or not at all."""
-    with whole_file(resume_path()) as temporary:
-        torch.save(dict(state, model=model.state_dict(), shortcut=shortcut.state_dict(), optimizer=optimizer.state_dict(),
-                        schedule=schedule.state_dict(), fingerprint=fingerprint(rows)), temporary)
+    save_tensors(resume_path(), dict(state, model=model.state_dict(), shortcut=shortcut.state_dict(), fingerprint=fingerprint(rows),
+                                     optimizer=optimizer.state_dict(), schedule=schedule.state_dict()))
 
 
 def load_state(model, shortcut, optimizer, schedule, rows):
     """Put the parts back as save_state found them. Returns epoch and best. Raises SystemExit where they do not fit."""
     if not resume_path().exists():
         raise SystemExit(f"RESUME: no {resume_path()}: set RESUME = False to train from the start")
-    saved = torch.load(resume_path(), map_location=DEVICE, weights_only=True)
-    if saved.pop("fingerprint") != fingerprint(rows):
+    try:
+        saved = torch.load(resume_path(), map_location=DEVICE, weights_only=True)
+        same = saved.pop("fingerprint") == fingerprint(rows)
+    except Exception as error:  # torch.load raises pickle, zip, key and runtime errors of many kinds for a foreign file
+        raise SystemExit(f"RESUME: {resume_path()} cannot be read ({type(error).__name__}): set RESUME = False to train from the start")
+    if not same:
         raise SystemExit(f"RESUME: {resume_path()} comes from other data or other constants: put them back, or set RESUME = False")
     for name, part in dict(model=model, shortcut=shortcut, optimizer=optimizer, schedule=schedule).items():
         part.load_state_dict(saved.pop(name))
