@@ -578,9 +578,8 @@ def move_in(drawn, target):
     for path in target.iterdir():
         if re.fullmatch(r"\d{5,}\.png", path.name) and not (drawn / path.name).exists():
             path.unlink()
-    if drawn.exists():
-        for path in drawn.iterdir():
-            os.replace(path, target / path.name)
+    for path in drawn.iterdir():
+        os.replace(path, target / path.name)
 
 
 def draw_preview(rows, path):
@@ -650,9 +649,8 @@ def main():
         if not rows:
             raise SystemExit("nothing could be drawn: see the lines above")
         (datasets / "data.csv").unlink(missing_ok=True)  # its labels belong to the former pictures
-        for source in counts:
-            if counts[source] or (datasets / source).exists():
-                move_in(staging / source, datasets / source)
+        for source in filter(counts.get, counts):
+            move_in(staging / source, datasets / source)
         table = pd.DataFrame(rows, columns=["image_path", "label", "source", "split", "seconds"])
         draw_preview(table, datasets / "preview.png")
         write_labels(table.drop(columns="seconds"), datasets / "data.csv")
@@ -660,9 +658,11 @@ def main():
         raise SystemExit(str(error))
     except BrokenProcessPool:
         raise SystemExit("a worker process died, most likely for want of memory: set NUM_WORKERS lower")
-    except OSError as error:
+    except (OSError, KeyboardInterrupt) as error:
         kept = "data.csv and the pictures of an earlier run are as they were" if (datasets / "data.csv").exists() else \
             "there is no data.csv until this script has run to its end"
+        if isinstance(error, KeyboardInterrupt):
+            raise SystemExit(f"stopped: {kept}")
         raise SystemExit(f"cannot write to {datasets}: {error}. Make room there, or set DATASETS_DIR to another folder; {kept}")
     finally:
         shutil.rmtree(staging, ignore_errors=True)

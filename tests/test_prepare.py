@@ -76,7 +76,8 @@ def test_fewer_pictures_leave_no_old_ones_behind(prepare, monkeypatch):
     monkeypatch.setattr(prepare, "NUM_HANDWRITING", 0)
     prepare.main()
     assert len(list((Path(prepare.DATASETS_DIR) / "trdg_custom").glob("[0-9]*.png"))) == 10 and own.exists()
-    assert not list((Path(prepare.DATASETS_DIR) / "handwriting").glob("*.png"))
+    assert len(list((Path(prepare.DATASETS_DIR) / "handwriting").glob("*.png"))) == 24  # left out is left alone, and not listed
+    assert set(read_labels(Path(prepare.DATASETS_DIR) / "data.csv").source) == {"trdg_custom"}
 
 
 def test_emnist_is_upright_and_dark_on_light(prepare, monkeypatch):
