@@ -50,7 +50,7 @@ DATASETS_DIR = "datasets"  # pictures, data.csv and preview.png go here; EMNIST 
 
 # How
 SEED = 0  # another seed draws other pictures
-NUM_WORKERS = os.cpu_count() or 1  # processes that draw
+NUM_WORKERS = min(os.cpu_count() or 1, 61)  # processes that draw; Windows takes 61 at most
 START_METHOD = None  # of these processes: "fork", "spawn", "forkserver", or None for the platform's own
 EMNIST_PROBE_SECONDS = 20  # how long to look for the EMNIST server before going on without
 # ---------------------------------------------------------------------------------------------------------------------

@@ -49,7 +49,7 @@ AUGMENT = 1.0  # strength of the random changes to the training pictures; 0: non
 
 # How
 SEED = 0  # the same seed, data and machine give the same weights
-NUM_WORKERS = os.cpu_count() or 1  # processes that decode pictures before the first epoch
+NUM_WORKERS = min(os.cpu_count() or 1, 61)  # processes that decode pictures before the first epoch; Windows takes 61 at most
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # where to train
 # ---------------------------------------------------------------------------------------------------------------------
 
