@@ -1,14 +1,12 @@
 """Reading: from Python, from the command line, and the three scripts in sequence."""
 import csv
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from conftest import ROOT, fake_emnist, line_image, write_csv
 from crnn import CRNN, Charset, load_checkpoint, save_checkpoint

@@ -1,5 +1,4 @@
 """Training: what it says of the data, that it learns, resumes, starts from other weights, and stops in good order."""
-import os
 import re
 from pathlib import Path
 
