@@ -80,14 +80,19 @@ def word_split(word):
 
 
 @cache
-def words(split):
-    """The words of TRDG's English dictionary that belong to a split: letters, apostrophes and hyphens, at most 12 characters."""
+def dictionary():
+    """The words of TRDG's English dictionary by split: letters, apostrophes and hyphens, at most 12 characters."""
     import trdg
     found = {"train": [], "val": [], "test": []}
     for word in (Path(trdg.__file__).parent / "dicts" / "en.txt").read_text(encoding="utf-8").split():
         if re.fullmatch(r"[A-Za-z][A-Za-z'-]{1,11}", word):
             found[word_split(word)].append(word)
-    return found[split]
+    return found
+
+
+def words(split):
+    """The words that belong to a split."""
+    return dictionary()[split]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -633,9 +638,9 @@ def main():
     if counts["emnist_images"] or counts["emnist_words"]:
         if not find_emnist():
             counts["emnist_images"] = counts["emnist_words"] = 0
-        elif emnist_count(counts["emnist_images"]) < counts["emnist_images"]:
-            counts["emnist_images"] = emnist_count(counts["emnist_images"])
-            print(f"NUM_EMNIST is lowered to {counts['emnist_images']:,}: no more without drawing a character twice")
+        elif (most := emnist_count(counts["emnist_images"])) < counts["emnist_images"]:
+            counts["emnist_images"] = most
+            print(f"NUM_EMNIST is lowered to {most:,}: no more without drawing a character twice")
 
     datasets = Path(DATASETS_DIR)
     staging = datasets / ".drawing"  # what stood before stays in place until all is drawn

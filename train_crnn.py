@@ -319,10 +319,9 @@ def main():
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps + 1, pct_start=WARM_UP)
     print(f"{sum(p.numel() for p in model.parameters()):,} weights, {EPOCHS} epochs of {steps // EPOCHS:,} batches on {DEVICE}")
 
-    state = dict(epoch=0, best=-1.0)
+    state = dict(epoch=0, best=-1.0, fingerprint=fingerprint(rows))  # best: exact match of the saved epoch, below 0 before there is one
     if RESUME:
-        state = load_state(model, shortcut, optimizer, schedule, rows)
-    replaced = state["epoch"] > 0  # whether a former model was already copied aside
+        state = load_state(state["fingerprint"], model, shortcut, optimizer, schedule)
     started = time.perf_counter()
     try:
         for epoch in range(state["epoch"] + 1, EPOCHS + 1):
@@ -340,12 +339,13 @@ def main():
             if sum(not p for p in predictions) > 0.9 * len(predictions):
                 print("    nearly all output is still blank: this is normal in the first epochs of CTC training")
             if scores.exact > state["best"]:
+                if state["best"] < 0:
+                    keep_former_model()
                 state["best"] = float(scores.exact)
-                replaced = replaced or keep_former_model()
                 save_checkpoint(MODEL_PATH, model, charset, epoch=epoch, val_exact=state["best"], val_cer=float(scores.CER),
                                 data=str(DATA_CSV), rows=len(train), seed=SEED)
             state["epoch"] = epoch
-            save_state(state, model, shortcut, optimizer, schedule, rows)
+            save_state(state, model, shortcut, optimizer, schedule)
     except KeyboardInterrupt:
         print(f"\nstopped after epoch {state['epoch']}: set RESUME = True to go on from there")
         if state["best"] < 0:
@@ -364,13 +364,12 @@ def main():
 
 
 def keep_former_model():
-    """Copy the model of an earlier training aside before the first save of this one. Returns True."""
+    """Copy the model of an earlier training aside, before the first save of this one."""
     if Path(MODEL_PATH).exists():
         former = Path(MODEL_PATH).with_suffix(".former.pth")
         with whole_file(former) as temporary:
             shutil.copyfile(MODEL_PATH, temporary)
         print(f"    the model of an earlier training is kept as {former.as_posix()}")
-    return True
 
 
 def fingerprint(rows):
@@ -381,19 +380,19 @@ def fingerprint(rows):
     return f"{zlib.crc32(text.encode()):08x} {constants}"
 
 
-def save_state(state, model, shortcut, optimizer, schedule, rows):
+def save_state(state, model, shortcut, optimizer, schedule):
     """Write all that training needs to go on, whole or not at all."""
-    save_tensors(resume_path(), dict(state, model=model.state_dict(), shortcut=shortcut.state_dict(), fingerprint=fingerprint(rows),
+    save_tensors(resume_path(), dict(state, model=model.state_dict(), shortcut=shortcut.state_dict(),
                                      optimizer=optimizer.state_dict(), schedule=schedule.state_dict()))
 
 
-def load_state(model, shortcut, optimizer, schedule, rows):
-    """Put the parts back as save_state found them. Returns epoch and best. Raises SystemExit where they do not fit."""
+def load_state(expected, model, shortcut, optimizer, schedule):
+    """Put the parts back as save_state found them. Returns the state. Raises SystemExit where its fingerprint is not the expected."""
     if not resume_path().exists():
         raise SystemExit(f"RESUME: no {resume_path()}: set RESUME = False to train from the start")
     try:
         saved = torch.load(resume_path(), map_location=DEVICE, weights_only=True)
-        same = saved.pop("fingerprint") == fingerprint(rows)
+        same = saved["fingerprint"] == expected
     except Exception as error:  # torch.load raises pickle, zip, key and runtime errors of many kinds for a foreign file
         raise SystemExit(f"RESUME: {resume_path()} cannot be read ({type(error).__name__}): set RESUME = False to train from the start")
     if not same:
