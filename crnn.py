@@ -9,14 +9,17 @@ Letters in shapes: N images, H height, W width in pixels, T frames (one per 4 pi
 import csv
 import io
 import os
+import sys
 import zlib
 from contextlib import contextmanager
+from datetime import timedelta
 from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import nn
@@ -157,10 +160,14 @@ def to_ink(images):
     return 1 - images.float() / 255
 
 
-def pad_batch(images):
-    """Batch uint8 tensors (H, W_i) of one height. Returns ink, float32 (N, 1, H, max W), and the true widths, int64 (N,)."""
+def pad_batch(images, multiple=1):
+    """Batch uint8 tensors (H, W_i) of one height, padded with paper to the widest, or to a multiple of so many pixels.
+
+    Returns ink, float32 (N, 1, H, W), and the true widths, int64 (N,).
+    """
     widths = torch.tensor([image.shape[1] for image in images])
-    batch = torch.full((len(images), 1, images[0].shape[0], int(widths.max())), 255, dtype=torch.uint8)  # (N, 1, H, W)
+    width = -(-int(widths.max()) // multiple) * multiple
+    batch = torch.full((len(images), 1, images[0].shape[0], width), 255, dtype=torch.uint8)  # (N, 1, H, W)
     for row, image in zip(batch, images):
         row[0, :, :image.shape[1]] = image
     return to_ink(batch), widths
@@ -287,11 +294,42 @@ def read_images(model, charset, images, batch_size):
     device = next(model.parameters()).device
     for start in range(0, len(order), batch_size):
         batch = order[start:start + batch_size]
-        ink, widths = pad_batch([images[i] for i in batch])  # (N, 1, H, W), (N,)
+        # Every new shape costs preparation, and memory that the next cannot use: few shapes.
+        ink, widths = pad_batch([images[i] for i in batch], multiple=32 if len(images) > batch_size else 1)  # (N, 1, H, W), (N,)
         logits, frames = model(ink.to(device), widths)  # (T, N, C), (N,)
         for i, reading in zip(batch, greedy_decode(logits, frames, charset)):
             readings[i] = reading
     return readings
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Processes: one alone, or several that torchrun started, each with its share of the work. The first, of rank 0, prints and writes.
+
+def world_size():
+    """How many processes there are, as torchrun tells them."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def rank():
+    """Which of them this is, from 0."""
+    return int(os.environ.get("RANK", 0)) if world_size() > 1 else 0
+
+
+def join_processes(backend="gloo"):
+    """Meet the others, where there are any; only the first prints from then on."""
+    if world_size() > 1:
+        dist.init_process_group(backend, timeout=timedelta(days=1))  # drawing millions of pictures, one may wait long for another
+        if rank():
+            sys.stdout = open(os.devnull, "w", encoding="utf-8")
+
+
+def gather(part):
+    """A list of every process's part, in the order of their ranks, in every process. Each waits here for all others."""
+    parts = [part]
+    if world_size() > 1:
+        parts = [None] * world_size()
+        dist.all_gather_object(parts, part)
+    return parts
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,10 +1,11 @@
 """Draw the training data: pictures of short texts under datasets/, and datasets/data.csv with their labels.
 
     python prepare_ocr_dataset.py
+    torchrun --nnodes=10 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 prepare_ocr_dataset.py     on ten machines that share the folder
 
 Five sources, each a folder: trdg_custom (printed text through TRDG), synthetic_math (expressions), emnist_images (single
 handwritten characters), emnist_words (strings composed of them), handwriting (text in handwriting fonts). The constants
-below are yours to edit. The same constants draw the same files, byte for byte, whatever the number of workers.
+below are yours to edit. The same constants draw the same files, byte for byte, whatever the number of workers and machines.
 """
 import contextlib
 import hashlib
@@ -27,7 +28,7 @@ from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFilter, ImageFont, ImageOps
 from tqdm import tqdm
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -42,10 +43,10 @@ NUM_HANDWRITING = 28_000  # text in handwriting fonts
 CHARSET = ("".join(chr(i) for i in range(32, 127))  # printable ASCII, the space included
            + "×÷±√π≤≥≠")
 MAX_LENGTH = 28  # characters in a label
-HELD_OUT_FONTS = 0.12  # share of the font files, at least, that only validation and test rows are drawn in; whole families
+HELD_OUT_FONTS = 0.12  # share of the font families that only validation and test rows are drawn in
 
 # Where
-FONTS_DIR = "myFonts"  # printed fonts, and handwriting fonts in its folder handwriting/; TRDG's own are added to the printed
+FONTS_DIR = "myFonts"  # fonts: its folder handwriting/ by hand, all else in print; TRDG's own are added
 DATASETS_DIR = "datasets"  # pictures, data.csv and preview.png go here; EMNIST files are looked for in its folder emnist/
 
 # How
@@ -57,6 +58,8 @@ EMNIST_PROBE_SECONDS = 20  # how long to look for the EMNIST server before going
 
 ALPHANUMERIC = string.digits + string.ascii_uppercase + string.ascii_lowercase  # EMNIST ByClass, in the order of its labels
 PRINTED, HAND = "printed", "handwriting"
+TRDG_BY_HAND = {"Pacifico.ttf", "Amatic-Bold.ttf", "AmaticSC-Regular.ttf", "FFF_Tusj.ttf"}  # of its fonts, those that imitate a hand
+LOOK_ALIKES = dict(O0=0.79, Il=0.72, **{"I|": 0.72, "l|": 0.72, "1l": 0.72, "1I": 0.72})  # and the overlap from which they are alike
 TRDG_MISSING = "trdg is not installed: run pip install --no-deps trdg==1.8.0"
 FONTS = ()  # every usable Font; filled by main and, in each worker, by start_worker
 
@@ -103,6 +106,7 @@ class Font(NamedTuple):
     kind: str  # PRINTED or HAND
     family: str
     characters: frozenset  # of CHARSET, those that the font draws, and draws unlike all others
+    doubtful: frozenset  # of these, those that only the rest of a word tells from a look-alike
     held_out: bool  # only for validation and test rows
 
 
@@ -110,15 +114,15 @@ def find_fonts():
     """Look at every font file of FONTS_DIR and of TRDG. Returns the usable Fonts and a list of lines about the others."""
     import trdg
     trdgs_own = Path(trdg.__file__).parent / "fonts" / "latin"
-    folders = [(Path(FONTS_DIR), PRINTED), (Path(FONTS_DIR) / "handwriting", HAND), (trdgs_own, PRINTED)]
     fonts, notes = [], []
-    for folder, kind in folders:
-        paths = sorted(p for p in folder.glob("*") if p.suffix.lower() in (".ttf", ".otf", ".woff", ".woff2"))
+    for folder in (Path(FONTS_DIR), trdgs_own):
+        paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in (".ttf", ".otf", ".woff", ".woff2"))
         if not paths:
             notes.append(f"{folder} holds no font files: put some there, or bring ours back with git checkout myFonts")
         for path in paths:
+            kind = HAND if path.parent.name == "handwriting" or path.name in TRDG_BY_HAND else PRINTED
             try:
-                family, characters = survey_font(str(path), CHARSET)
+                family, characters, doubtful = survey_font(str(path), CHARSET)
             except OSError as error:
                 notes.append(f"{path} is left out: it cannot be read as a font ({error})")
                 continue
@@ -127,10 +131,11 @@ def find_fonts():
             if len(characters) < 26:
                 notes.append(f"{path} is left out: it draws only {len(characters)} characters of the charset")
                 continue
-            fonts.append(Font(str(path), kind, family, characters, False))
+            fonts.append(Font(str(path), kind, family, characters, doubtful, False))
     return hold_out_families(fonts), notes
 
 
+@cache
 def survey_font(path, charset):
     """The family of a font, by the first word of its name, and the characters whose label a picture in it can bear.
 
@@ -153,36 +158,58 @@ def survey_font(path, charset):
     bottom = {c: font.getbbox(c, anchor="ls")[3] for c in "npgy"}  # below the baseline, in pixels
     if max(bottom["p"], bottom["g"], bottom["y"]) - bottom["n"] < 3:  # 3 of 40: none of them has a descender
         characters -= set(string.ascii_lowercase)
-    return font.getname()[0].split()[0].lower(), frozenset(characters)
+    pairs = [pair for pair, limit in LOOK_ALIKES.items() if set(pair) <= characters and overlap(font, *pair) >= limit]
+    return font.getname()[0].split()[0].lower(), frozenset(characters), frozenset("".join(pairs))
+
+
+def overlap(font, a, b):
+    """How much of two slightly blurred glyphs, set one on the other, is common: 1 for one and the same shape.
+
+    Around 0.75 lie I and l in most fonts without serifs, and also O and a slashed 0, which are well apart: the limits differ.
+    """
+    def glyph(c):
+        left, _, right, _ = font.getbbox(c, anchor="ls")
+        image = Image.new("L", (100, 100))
+        ImageDraw.Draw(image).text((50 - (left + right) / 2, 70), c, font=font, fill=255, anchor="ls")
+        return np.asarray(image.filter(ImageFilter.GaussianBlur(1.5)), dtype=np.float32)
+
+    a, b = glyph(a), glyph(b)
+    return float(np.minimum(a, b).sum() / np.maximum(a, b).sum())
 
 
 def hold_out_families(fonts):
-    """Mark families as held out, in an order that a hash gives, until HELD_OUT_FONTS of each kind's files are.
+    """Mark HELD_OUT_FONTS of the families of each kind, rounded up, as held out; a hash gives their order.
 
-    A family goes in if it fits into what is still to be held out, so that several small ones are taken rather than one
-    large one; where none fits, the smallest goes in. A kind with a single family keeps it for training.
+    Where they leave out a character that several families draw (few have √ and ≤), the next one that draws it goes with
+    them. A kind with a single family keeps it for training.
     """
     held_out = set()
     for kind in (PRINTED, HAND):
-        sizes = {}
-        for font in fonts:
+        drawn = {}  # by each family
+        for font in sorted(fonts, key=lambda font: hashlib.sha256(font.family.encode()).digest()):
             if font.kind == kind:
-                sizes[font.family] = sizes.get(font.family, 0) + 1
-        families = sorted(sizes, key=lambda family: hashlib.sha256(family.encode()).digest())
-        room = -int(-HELD_OUT_FONTS * sum(sizes.values()) // 1)  # rounded up
-        while room > 0 and len(families) > 1:
-            family = next((f for f in families if sizes[f] <= room), min(families, key=sizes.get))
-            families.remove(family)
-            held_out.add((kind, family))
-            room -= sizes[family]
+                drawn[font.family] = drawn.get(font.family, frozenset()) | font.characters
+        chosen = list(drawn)[:min(-int(-HELD_OUT_FONTS * len(drawn) // 1), len(drawn) - 1)] if drawn else []
+        for c in CHARSET:
+            able = [family for family in drawn if c in drawn[family]]
+            if len(able) > 1 and not set(able) & set(chosen):
+                chosen.append(able[0])
+        held_out |= {(kind, family) for family in chosen}
     return [font._replace(held_out=(font.kind, font.family) in held_out) for font in fonts]
 
 
-def pick_font(label, kind, split):
-    """A random font of a kind that draws every character of a label; held-out ones for val and test. None where there is none."""
+def pick_font(label, kind, split, alone):
+    """A font of a kind that draws every character of a label, or None; held-out ones for val and test.
+
+    A family first and then one of its files, so that those with many weights are not seen more often. A label that stands
+    alone, with no word around its characters, gets no font in which one of them looks like another.
+    """
     needed, held_out = frozenset(label), split != "train"
-    able = [font for font in FONTS if font.kind == kind and font.held_out == held_out and needed <= font.characters]
-    return random.choice(able) if able else None
+    families = {}
+    for font in FONTS:
+        if font.kind == kind and font.held_out == held_out and needed <= font.characters and not (alone and needed & font.doubtful):
+            families.setdefault(font.family, []).append(font)
+    return random.choice(random.choice(list(families.values()))) if families else None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -194,10 +221,7 @@ def weighted(**weights):
 
 
 def random_case(word):
-    case = weighted(lower=50, capital=26, upper=19, mixed=5)
-    if case == "mixed":
-        return "".join(random.choice((c.lower(), c.upper())) for c in word)
-    return {"lower": word.lower(), "capital": word.capitalize(), "upper": word.upper()}[case]
+    return {"lower": word.lower(), "capital": word.capitalize(), "upper": word.upper()}[weighted(lower=53, capital=27, upper=20)]
 
 
 def random_word(split):
@@ -262,13 +286,17 @@ def random_single():
 
 
 def random_text(split, by_hand=False):
-    """One label made of the words of a split; by hand, people write more words and fewer codes and odd strings."""
-    kind = weighted(words=48, punctuated=16, number=16, code=6, string=6, single=8) if by_hand else \
+    """One label made of the words of a split, and whether it stands alone, with no word around its characters.
+
+    By hand, people write more words and fewer codes and odd strings, and expressions, which print has a source of its own for.
+    """
+    kind = weighted(words=42, punctuated=14, number=14, math=12, code=5, string=5, single=8) if by_hand else \
         weighted(words=38, punctuated=16, number=16, code=10, string=11, single=9)
-    if kind == "words":
-        return " ".join(random_word(split) for _ in range(random.choices((1, 2, 3), (6, 3, 1))[0]))
-    return {"punctuated": lambda: punctuated(split), "number": random_number, "code": random_code, "single": random_single,
-            "string": lambda: random_string(string.ascii_letters + string.digits + string.punctuation, 1, 12)}[kind]()
+    draw = {"words": lambda: " ".join(random_word(split) for _ in range(random.choices((1, 2, 3), (6, 3, 1))[0])),
+            "punctuated": lambda: punctuated(split), "number": random_number, "math": random_math, "code": random_code,
+            "string": lambda: random_string(string.ascii_letters + string.digits + string.punctuation, 1, 12),
+            "single": random_single}
+    return draw[kind](), kind in ("code", "string", "single")
 
 
 def random_math():
@@ -312,40 +340,39 @@ def trdg_generator():
             from trdg.generators import GeneratorFromStrings
     except ImportError as error:
         raise SystemExit(f"{TRDG_MISSING} ({error})")
-    load = lru_cache(maxsize=512)(partial(ImageFont.truetype, layout_engine=ImageFont.Layout.BASIC))
+    load = lru_cache(maxsize=4096)(partial(ImageFont.truetype, layout_engine=ImageFont.Layout.BASIC))
     computer_text_generator.ImageFont = SimpleNamespace(truetype=load)
     computer_text_generator.get_text_height = lambda font, text: max(sum(font.getmetrics()), font.getbbox(text)[3])
     return GeneratorFromStrings
 
 
-def draw_line(text, font):
+def draw_line(text, font, alone=False):
     """A grey picture of text in a font, through TRDG, its margins cut at random. None when TRDG clipped or lost the ink.
 
     TRDG's canvas ends where the last character's advance ends and cuts what reaches beyond; a space on either side
     makes room for it.
     """
     colour = random.choice(["#000000,#505050"] * 6 + ["#404040,#808080", "#000060,#4040A0", "#600000,#A04040"])
-    height = random.randint(24, 52)  # of the line box, in pixels
-    distorted = random.random() < 0.12
+    height = random.randrange(24, 53, 2)  # of the line box, in pixels; even, so that the cache holds every font at every size
+    wave = random.random() < 0.08 and height >= 36  # TRDG moves rows and columns by up to the root of the height
     image, mask = next(trdg_generator()(
-        [f" {text} "], count=1, fonts=[font.path], size=height, text_color=colour, stroke_fill=colour.split(",")[0],
-        word_split=random.random() < 0.75, character_spacing=random.choice([0, 0, 1, 2, 4]),
-        space_width=random.uniform(0.8, 1.6), stroke_width=int(random.random() < 0.08),
-        skewing_angle=random.choice([0, 0, 1, 2, 3]), random_skew=True,
-        distorsion_type=random.randint(1, 3) if distorted else 0, distorsion_orientation=random.randint(0, 2) if height > 30 else 0,
-        background_type=random.choice([0, 0, 1]), blur=random.choice([0, 0, 0.6, 1]), random_blur=True,
+        [f" {text} "], count=1, fonts=[font.path], size=height, text_color=colour,
+        word_split=random.random() < 0.75, character_spacing=random.choice([0, 0, 1, 2, height // 12]),
+        space_width=random.uniform(1, 1.7), skewing_angle=random.choice([0, 0, 1, 2, 3]), random_skew=True,
+        distorsion_type=random.randint(1, 2) if wave else 0, distorsion_orientation=random.randint(0, 2),  # not 3: it tears strokes
+        background_type=random.choice([0, 1]), blur=random.choice([0, 0, 0.6, 1]), random_blur=True,
         margins=(0, 0, 0, 0), output_mask=True))[0]
     box = mask.getbbox()  # not in grey: TRDG numbers the characters in the mask's blue, and the first are nearly black
     if box is None or box[0] < 2 or box[2] > mask.width - 2:
         return None
-    left, top, right, bottom = random_margins(box, image.size, tight=len(text) > 2 and random.random() < 0.5)
+    left, top, right, bottom = random_margins(box, image.size, tight=not alone and len(text) > 2 and random.random() < 0.5)
     return image.convert("L").crop((left, top, right, bottom))
 
 
 def random_margins(box, size, tight):
     """Cut a picture at random, 2 pixels or more outside its ink box. Returns the box to keep.
 
-    Its height is kept unless tight: a single character's place on the line tells c from C and a comma from a quote.
+    Its height is kept unless tight: the size and the place of characters that stand alone tell c from C and a comma from a quote.
     """
     (left, top, right, bottom), (width, height) = box, size
     left, right = random.randint(0, max(0, left - 2)), width - random.randint(0, max(0, width - right - 2))
@@ -356,10 +383,10 @@ def random_margins(box, size, tight):
     return left, top, right, bottom
 
 
-def draw_text(split, kind, text):
-    """Draw a text in a random font of a kind. None when no font has all its characters, or its ink was clipped."""
-    font = pick_font(text, kind, split)
-    return font and draw_line(text, font)
+def draw_text(split, kind, text, alone=False):
+    """Draw a text in a random font of a kind. None when no font can show all its characters, or its ink was clipped."""
+    font = pick_font(text, kind, split, alone)
+    return font and draw_line(text, font, alone)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -493,20 +520,20 @@ def random_emnist_text(split):
 
 def draw_trdg(index):
     split, _ = split_and_rank(index)
-    text = random_text(split)
-    return draw_text(split, PRINTED, text), text
+    text, alone = random_text(split)
+    return draw_text(split, PRINTED, text, alone), text
 
 
 def draw_handwriting(index):
     split, _ = split_and_rank(index)
-    text = random_text(split, by_hand=True)
-    return draw_text(split, HAND, text), text
+    text, alone = random_text(split, by_hand=True)
+    return draw_text(split, HAND, text, alone), text
 
 
 def draw_math(index):
     split, _ = split_and_rank(index)
     text = random_math()
-    return draw_text(split, HAND if random.random() < 0.25 else PRINTED, text), text
+    return draw_text(split, PRINTED, text), text
 
 
 def draw_emnist(index):
@@ -563,15 +590,18 @@ def start_worker(constants):
 
 
 def draw_source(source, count, folder):
-    """Draw all samples of a source into folder, in NUM_WORKERS processes. Returns the list that draw_sample's results make."""
+    """Draw this process's share of a source into folder, with NUM_WORKERS to a machine. Returns a list of what draw_sample returns."""
+    from crnn import rank, world_size
+
     folder.mkdir(parents=True, exist_ok=True)
-    draw = partial(draw_sample, source, str(folder))
-    bar = partial(tqdm, total=count, desc=f"{source:<15}", unit="img", smoothing=0.05)
-    if NUM_WORKERS <= 1:
-        return list(bar(map(draw, range(count))))
+    draw, indices = partial(draw_sample, source, str(folder)), range(rank(), count, world_size())
+    bar = partial(tqdm, total=len(indices), desc=f"{source:<15}", unit="img", smoothing=0.05, disable=rank() > 0)
+    number = max(1, NUM_WORKERS // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))  # of workers for this process
+    if number == 1:
+        return list(bar(map(draw, indices)))
     constants = {name: value for name, value in globals().items() if name.isupper() and name != "SOURCES"}
-    with ProcessPoolExecutor(NUM_WORKERS, multiprocessing.get_context(START_METHOD), start_worker, (constants,)) as workers:
-        return list(bar(workers.map(draw, range(count), chunksize=32)))
+    with ProcessPoolExecutor(number, multiprocessing.get_context(START_METHOD), start_worker, (constants,)) as workers:
+        return list(bar(workers.map(draw, indices, chunksize=32)))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -613,10 +643,11 @@ def draw_preview(rows, path):
 def main():
     """Draw every source, then put pictures, preview.png and data.csv in place. Raises SystemExit with one line when it cannot."""
     import pandas as pd
-    from crnn import Charset, write_labels
+    from crnn import Charset, gather, join_processes, rank, write_labels
 
     global FONTS
     started = time.perf_counter()
+    join_processes()
     try:
         Charset(CHARSET)
     except ValueError as error:
@@ -636,7 +667,7 @@ def main():
             print(f"{source} is left out: it needs {kind} fonts of at least two families, one of them for val and test")
             counts[source] = 0
     if counts["emnist_images"] or counts["emnist_words"]:
-        if not find_emnist():
+        if not gather(find_emnist() if rank() == 0 else None)[0]:  # where it must be downloaded, once
             counts["emnist_images"] = counts["emnist_words"] = 0
         elif (most := emnist_count(counts["emnist_images"])) < counts["emnist_images"]:
             counts["emnist_images"] = most
@@ -646,13 +677,19 @@ def main():
     staging = datasets / ".drawing"  # what stood before stays in place until all is drawn
     rows = []
     try:
-        shutil.rmtree(staging, ignore_errors=True)
+        if rank() == 0:
+            shutil.rmtree(staging, ignore_errors=True)
+        gather(None)
         for source, count in counts.items():
             if count:
                 rows += [(f"{source}/{name}", label, source, split, seconds)
                          for name, label, split, seconds in draw_source(source, count, staging / source)]
+        rows = [row for part in gather(rows) for row in part]
+        if rank() > 0:
+            return  # the first process sees to the rest
         if not rows:
             raise SystemExit("nothing could be drawn: see the lines above")
+        rows.sort(key=lambda row: (list(SOURCES).index(row[2]), len(row[0]), row[0]))  # a longer name has a higher number
         (datasets / "data.csv").unlink(missing_ok=True)  # its labels belong to the former pictures
         for source in filter(counts.get, counts):
             move_in(staging / source, datasets / source)
@@ -670,7 +707,8 @@ def main():
             raise SystemExit(f"stopped: {kept}")
         raise SystemExit(f"cannot write to {datasets}: {error}. Make room there, or set DATASETS_DIR to another folder; {kept}")
     finally:
-        shutil.rmtree(staging, ignore_errors=True)
+        if rank() == 0:
+            shutil.rmtree(staging, ignore_errors=True)
 
     table["characters"] = table.label.str.len()
     summary = table.groupby(["source", "split"], sort=False).agg(

@@ -1,13 +1,18 @@
 """Train the CRNN on the pictures and labels of datasets/data.csv, or of a csv of your own with image_path,label.
 
     python train_crnn.py
+    torchrun --nproc_per_node=4 train_crnn.py       on four GPUs, or four processes of a CPU
+    torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 train_crnn.py     on each of two machines
 
 Prints what the data said, one line per epoch, and at the end a table on the test rows. The best epoch, by exact match on the
-validation rows, is in MODEL_PATH, with all that reading needs. Stop with Ctrl-C at any time; RESUME goes on where it stopped.
+validation rows, is in MODEL_PATH, with all that reading needs; beside it history.csv and training_curves.png. Stop with Ctrl-C
+at any time; RESUME goes on where it stopped.
 """
+import io
 import os
 import shutil
 import sys
+import tempfile
 import time
 import unicodedata
 import zlib
@@ -15,22 +20,26 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from crnn import (BLANK, CRNN, HEIGHT, Charset, add_split, describe, format_score_table, frames_needed, load_checkpoint, load_image,
-                  num_frames, read_images, read_labels, save_checkpoint, save_tensors, score_table, to_ink, whole_file)
+from crnn import (BLANK, CRNN, HEIGHT, Charset, add_split, describe, format_score_table, frames_needed, gather, join_processes,
+                  load_checkpoint, load_image, num_frames, rank, read_images, read_labels, save_checkpoint, save_tensors, score_table,
+                  to_ink, whole_file, world_size, write_labels)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Data and files
 DATA_CSV = "datasets/data.csv"  # columns image_path,label and, where there are, source,split; paths relative to its folder
-MODEL_PATH = "ocr_crnn_model/crnn.pth"  # the best epoch; the state to resume from lies beside it
+MODEL_PATH = "ocr_crnn_model/crnn.pth"  # the best epoch; history.csv, the curves and the state to resume from lie beside it
 INIT_WEIGHTS = None  # checkpoint to start from, its output rows carried over by character; None: from nothing
 RESUME = False  # go on from the last complete epoch of the same data and constants
 MIN_CHARACTER_ROWS = 3  # a character in fewer training labels than this is taken for a slip, and its rows are left out
+MAX_MEMORY = 8.0  # GB of training pictures that are held in memory; more of them go to a temporary file beside MODEL_PATH
 
 # Network
 CHANNELS = (32, 64, 128, 192)  # of the CNN's stages; the last is the number of features per frame
@@ -39,9 +48,11 @@ DROPOUT = 0.0  # share of the features and of the LSTM's output that is zeroed i
 
 # Training
 EPOCHS = 3  # passes over the training rows
-BATCH_SIZE = 32  # pictures, all of about one width
-LEARNING_RATE = 3e-3  # the peak of the one-cycle schedule
-WARM_UP = 0.1  # part of the training in which the learning rate rises to its peak
+MIN_STEPS = 2_000  # batches; with few pictures there are more epochs than EPOCHS, until there are as many batches
+BATCH_SIZE = 32  # pictures of a step, all of about one width, over all processes together
+MATRIX_LEARNING_RATE = 1e-2  # of Muon, for the matrices of the convolutions and the LSTM: the peak of the one-cycle schedule
+LEARNING_RATE = 3e-3  # of AdamW, for all other weights: likewise
+WARM_UP = 0.1  # part of the training in which the learning rates rise to their peak
 WEIGHT_DECAY = 1e-2  # of AdamW
 SHORTCUT_WEIGHT = 0.1  # of a second CTC loss, on the CNN's features; its head is not kept
 FROZEN_NORMS = 0.25  # last part of the training, in which batch norm uses its running averages, as it does for reading
@@ -49,8 +60,9 @@ AUGMENT = 1.0  # strength of the random changes to the training pictures; 0: non
 
 # How
 SEED = 0  # the same seed, data and machine give the same weights
-NUM_WORKERS = min(os.cpu_count() or 1, 61)  # processes that decode pictures before the first epoch; Windows takes 61 at most
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # where to train
+NUM_WORKERS = min(os.cpu_count() or 1, 61)  # that decode pictures before the first epoch; Windows takes 61 at most
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # where to train; under torchrun each process takes a GPU of its own
+PRECISION = None  # of network arithmetic: "bfloat16", "float16", "float32"; None: bfloat16 where the hardware computes in it
 # ---------------------------------------------------------------------------------------------------------------------
 
 BUCKET = 16  # pixels; the training pictures of a batch are padded to a common multiple of it
@@ -69,15 +81,17 @@ def load_picture(path):
 
 
 def load_pictures(paths):
-    """Decode pictures in NUM_WORKERS processes; memory grows by their bytes at HEIGHT rows."""
+    """Yield the decoded pictures in the order of paths; NUM_WORKERS processes to a machine decode them."""
     def bar(results):
-        return list(tqdm(results, total=len(paths), desc="reading pictures", unit="img"))
+        return tqdm(results, total=len(paths), desc="reading pictures", unit="img", disable=rank() > 0)
 
-    if NUM_WORKERS <= 1 or len(paths) < 500:  # starting processes takes longer than reading so few
-        return bar(map(load_picture, paths))
+    number = NUM_WORKERS // int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # of workers for this process
+    if number <= 1 or len(paths) < 500:  # starting processes takes longer than reading so few
+        yield from bar(map(load_picture, paths))
+        return
     try:
-        with ProcessPoolExecutor(NUM_WORKERS) as workers:
-            return bar(workers.map(load_picture, paths, chunksize=128))
+        with ProcessPoolExecutor(number) as workers:
+            yield from bar(workers.map(load_picture, paths, chunksize=128))
     except BrokenProcessPool:
         raise SystemExit("a process that reads pictures died, most likely for want of memory: set NUM_WORKERS lower, or use fewer pictures")
 
@@ -110,11 +124,8 @@ def reason_to_leave_out(label, picture, charset):
     return None, None
 
 
-def load_data(known_characters=""):
-    """Read DATA_CSV and its pictures, and say what was found. Returns rows (with a column picture) and the Charset.
-
-    Raises SystemExit with one line when there is nothing to train on.
-    """
+def read_rows(known_characters):
+    """All rows of DATA_CSV with source and split, and the Charset that their labels make. Raises SystemExit with one line."""
     try:
         rows = add_split(read_labels(DATA_CSV))
     except ValueError as error:
@@ -126,19 +137,71 @@ def load_data(known_characters=""):
     if not characters:
         raise SystemExit(f"{DATA_CSV} has no training labels to learn from: at least {MIN_CHARACTER_ROWS} rows of the split train "
                          f"must share a character (MIN_CHARACTER_ROWS)")
-    charset = Charset(characters)
-    folder = Path(DATA_CSV).parent
-    rows["picture"] = load_pictures([str(folder / path) for path in rows.image_path])
+    return rows, Charset(characters)
 
-    reasons = [reason_to_leave_out(row.label, row.picture, charset) for row in rows.itertuples()]
-    rows["reason"], rows["particulars"] = [r for r, _ in reasons], [p for _, p in reasons]
-    report_data(rows, charset)
-    rows = rows[rows.reason.isna()].reset_index(drop=True)
-    if not (rows.split == "train").any():
-        raise SystemExit(f"{DATA_CSV} leaves no row to train on: see the reasons above")
+
+class Bucket:
+    """Training pictures that are padded with paper to one width, in one piece of memory or of a file, so that a batch is one indexing.
+
+    After close: pixels uint8 (n, 1, HEIGHT, W); targets int64 (n, longest), filled up with BLANK; lengths int64 (n,).
+    """
+
+    def __init__(self, width, on_disk):
+        self.width, self.on_disk = width, on_disk
+        self.store = tempfile.TemporaryFile(dir=Path(MODEL_PATH).parent) if on_disk else io.BytesIO()
+        self.encoded = []  # a target per picture, as an array, a tenth of a list's bytes
+
+    def add(self, picture, target):
+        self.store.write(np.pad(picture, ((0, 0), (0, self.width - picture.shape[1])), constant_values=255))
+        self.encoded.append(np.array(target, dtype=np.int16 if max(target) < 2 ** 15 else np.int32))
+
+    def close(self):
+        self.store.flush()
+        pixels = np.memmap(self.store, np.uint8, "r+") if self.on_disk else np.frombuffer(self.store.getbuffer(), np.uint8)
+        self.pixels = torch.from_numpy(pixels).view(-1, 1, HEIGHT, self.width)
+        self.lengths = torch.tensor([len(target) for target in self.encoded])
+        self.targets = torch.full((len(self.encoded), int(self.lengths.max())), BLANK)
+        for row, target in zip(self.targets, self.encoded):
+            row[:len(target)] = torch.from_numpy(target)
+        del self.encoded
+
+
+def bucket_width(width):
+    """The width that a picture is padded to: steps of BUCKET pixels up to 256, then ever wider ones, since long lines are few."""
+    step = BUCKET * max(1, 2 ** max(0, (width - 1).bit_length() - 8))
+    return -(-width // step) * step
+
+
+def load_rows(rows, charset):
+    """Decode the pictures of rows, one after the other, and say what was found.
+
+    Returns the training pictures as a dict from width to Bucket, and the rows of val and test with a column picture.
+    """
+    paths = [str(Path(DATA_CSV).parent / path) for path in rows.image_path]
+    sizes = [p.size for p in map(load_picture, paths[::max(1, len(paths) // 200)]) if not isinstance(p, str)]
+    on_disk = bool(sizes) and len(paths) * sum(sizes) / len(sizes) > MAX_MEMORY * 1e9
+    if on_disk:
+        print(f"the pictures take more than MAX_MEMORY = {MAX_MEMORY} GB: they go to a temporary file in {Path(MODEL_PATH).parent}")
+    scored = rows.split != "train"
     if not (rows.split == "val").any():
-        print("no val rows: exact match is measured on the training rows, which says little about unseen pictures")
-    return rows, charset
+        print("no val rows: exact match is measured on training rows, which says little about unseen pictures")
+        scored |= np.arange(len(rows)) < 2000
+    buckets, reasons, pictures = {}, [], []
+    for row, keep, picture in zip(rows.itertuples(), scored, load_pictures(paths)):
+        reason, particulars = reason_to_leave_out(row.label, picture, charset)
+        reasons.append((reason, particulars))
+        pictures.append(picture if keep and not reason else None)
+        if row.split == "train" and not reason:
+            width = bucket_width(picture.shape[1])
+            buckets.setdefault(width, Bucket(width, on_disk)).add(picture, charset.encode(row.label))
+    for bucket in buckets.values():
+        bucket.close()
+    rows = rows.assign(reason=[r for r, _ in reasons], particulars=[p for _, p in reasons], picture=pictures)
+    everything = pd.concat(gather(rows.drop(columns="picture")))
+    report_data(everything, charset)
+    if not ((everything.split == "train") & everything.reason.isna()).any():
+        raise SystemExit(f"{DATA_CSV} leaves no row to train on: see the reasons above")
+    return buckets, rows[rows.picture.notna()]
 
 
 def report_data(rows, charset):
@@ -157,46 +220,44 @@ def report_data(rows, charset):
             print(f"    {row.image_path} {row.label[:40]!r} {row.particulars}".rstrip())
 
 
-class Bucket:
-    """The training rows whose pictures are padded with paper to one width, as tensors, so that a batch is one indexing.
+def common_sizes(buckets):
+    """How many pictures of each width every process has, so that all of them can make the same batches."""
+    sizes = gather({width: len(bucket.pixels) for width, bucket in buckets.items()})
+    common = {width: min(size.get(width, 0) for size in sizes) for width in sorted(set().union(*sizes))}
+    left_over = sum(sum(size.values()) for size in sizes) - len(sizes) * sum(common.values())
+    if left_over:
+        print(f"{left_over:,} pictures, others each epoch, have to wait, so that all {len(sizes)} processes make the same batches")
+    return {width: size for width, size in common.items() if size}
 
-    pixels: uint8 (n, 1, HEIGHT, W); targets: int64 (n, longest), filled up with 0; lengths: int64 (n,).
+
+def shuffled_batches(buckets, sizes, batch_size):
+    """(bucket, indices) of every batch of an epoch, in random order, from torch's global generator.
+
+    All processes come with the same seed and get the same widths in the same order, since the slowest of them sets the
+    pace; then each takes a seed of its own, and so its own pictures and augmentation.
     """
-
-    def __init__(self, width, pictures, targets):
-        self.pixels = torch.full((len(pictures), 1, HEIGHT, width), 255, dtype=torch.uint8)
-        self.lengths = torch.tensor([len(target) for target in targets])
-        self.targets = torch.full((len(targets), int(self.lengths.max())), BLANK)
-        for i, (picture, target) in enumerate(zip(pictures, targets)):
-            self.pixels[i, 0, :, :picture.shape[1]] = torch.from_numpy(picture)
-            self.targets[i, :len(target)] = torch.tensor(target)
-
-
-def make_buckets(rows, charset):
-    """Sort rows into Buckets: every BUCKET pixels up to 256, then ever wider steps, since long lines are few."""
-    widths = rows.picture.map(lambda picture: picture.shape[1])
-    steps = widths.map(lambda w: BUCKET * max(1, 2 ** max(0, (w - 1).bit_length() - 8)))
-    return [Bucket(int(width), list(group.picture), [charset.encode(label) for label in group.label])
-            for width, group in rows.groupby(-(-widths // steps) * steps)]
-
-
-def shuffled_batches(buckets):
-    """(bucket, indices) of every batch of an epoch in random order, from torch's global generator."""
-    batches = [(bucket, indices) for bucket in buckets for indices in torch.randperm(len(bucket.pixels)).split(BATCH_SIZE)]
-    return [batches[i] for i in torch.randperm(len(batches)).tolist()]
+    number = sum(-(-size // batch_size) for size in sizes.values())
+    order = torch.randperm(number).tolist()
+    torch.manual_seed(torch.initial_seed() + rank())
+    batches = [(buckets[width], indices) for width, size in sizes.items()
+               for indices in torch.randperm(len(buckets[width].pixels))[:size].split(batch_size)]
+    return [batches[i] for i in order]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Augmentation: random changes to a whole batch at once
 
 def augment(ink, strength):
-    """Ink (N, 1, H, W), 0 = paper, to the same shape: moved, turned, slanted and bent; strokes thicker or thinner; blurred; noisy."""
+    """Ink (N, 1, H, W), 0 = paper, to the same shape: moved, turned, slanted and bent; strokes thicker or thinner; on ruled paper;
+    blurred; fainter; noisy. Not inverted, since load_image makes dark ink on light paper of every picture.
+    """
     n, _, height, width = ink.shape
     uniform = lambda *shape: (torch.rand(*shape, device=ink.device) * 2 - 1) * strength  # from -strength to strength
     ratio = width / height  # grid_sample counts both axes from -1 to 1
     angle, slant = uniform(n) * 0.04, uniform(n) * 0.25  # radians; columns per row
-    scale_x, scale_y = 1 + uniform(n) * 0.12, 1.04 + uniform(n) * 0.14
-    shift_x, shift_y = uniform(n) * 0.12 / max(1, ratio), uniform(n) * 0.1
+    scale_x, scale_y = 1 + 0.05 * strength + uniform(n) * 0.07, 1 + 0.06 * strength + uniform(n) * 0.12  # mostly smaller
+    shift_x, shift_y = uniform(n) * (scale_x - 1).relu(), uniform(n) * ((scale_y - 1).relu() + 0.04)  # within the room so made:
+    # a character moved out of the picture would still be in the label
     matrix = torch.stack([torch.stack([scale_x, slant / ratio, shift_x], 1),
                           torch.stack([angle * ratio, scale_y, shift_y], 1)], 1)  # (N, 2, 3)
     grid = F.affine_grid(matrix, list(ink.shape), align_corners=False)  # (N, H, W, 2)
@@ -207,10 +268,21 @@ def augment(ink, strength):
     thicker, thinner = highest_of_nine(ink), -highest_of_nine(-ink)
     weight = (uniform(n, 1, 1, 1) - 0.1) * (torch.rand(n, 1, 1, 1, device=ink.device) < 0.5)  # in half of the pictures
     ink = ink + weight.clamp(min=0) * 0.6 * (thicker - ink) + (-weight).clamp(min=0) * 0.35 * (thinner - ink)
+    if width > 2 * height:  # in narrow pictures a ruled line could be taken for a dash
+        ink = torch.maximum(ink, ruled_lines(n, height, width, strength, ink.device))
     soft = F.avg_pool2d(ink, 3, 1, 1, count_include_pad=False)
     ink = ink + uniform(n, 1, 1, 1).clamp(min=0) * (torch.rand(n, 1, 1, 1, device=ink.device) < 0.3) * (soft - ink)
     contrast, noise = 1 + uniform(n, 1, 1, 1) * 0.15, uniform(n, 1, 1, 1).clamp(min=0) * 0.08
     return ink * contrast + noise * torch.randn_like(ink)
+
+
+def ruled_lines(n, height, width, strength, device):
+    """Nearly level lines from side to side, one in every 12th picture and none in the others, as ink (N, 1, H, W)."""
+    place, tilt, tone, chosen = torch.rand(4, n, 1, 1, 1, device=device)
+    rows = torch.arange(height, device=device)[:, None]  # (H, 1)
+    across = torch.linspace(-1, 1, width, device=device)  # (W,)
+    distance = (rows - place * height - (tilt - 0.5) * 4 * across).abs()  # (N, 1, H, W)
+    return (1.2 - distance).clamp(0, 1) * tone * min(1, strength) * (chosen < 1 / 12)
 
 
 def highest_of_nine(x):
@@ -221,7 +293,80 @@ def highest_of_nine(x):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Optimizers
+
+class Muon(torch.optim.Optimizer):
+    """Momentum whose every update is made orthogonal, after Keller Jordan 2024 (kellerjordan.github.io/posts/muon).
+
+    For matrices: a convolution's kernel counts as (out, in * rows * columns), an LSTM's weight as four, one a gate. torch's
+    own Muon takes two-dimensional weights only, one at a time; here equal shapes are done in one go.
+    """
+
+    def __init__(self, matrices, lr, momentum=0.95):
+        super().__init__(matrices, dict(lr=lr, momentum=momentum))
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            updates = {}  # shape -> weights and their updates
+            for weight in group["params"]:
+                average = self.state[weight].setdefault("average", torch.zeros_like(weight))
+                average.lerp_(weight.grad, 1 - group["momentum"])
+                update = weight.grad.lerp(average, group["momentum"])  # Nesterov's look ahead
+                gates = 4 if update.ndim == 2 else 1
+                update = update.reshape(gates, update.shape[0] // gates, -1)  # (gates, rows, columns)
+                updates.setdefault(update.shape[1:], []).append((weight, update))
+            for (rows, columns), pairs in updates.items():
+                new = orthogonal(torch.cat([update for _, update in pairs])) * max(1, rows / columns) ** 0.5  # (n, rows, columns)
+                for (weight, update), part in zip(pairs, new.split([len(update) for _, update in pairs])):
+                    weight.add_(part.reshape(weight.shape), alpha=-group["lr"])
+
+
+def orthogonal(x):
+    """Matrices (N, rows, columns) to their nearest orthogonal ones, roughly: five Newton-Schulz steps bring all singular values near 1."""
+    wide = x.mT if x.shape[1] > x.shape[2] else x
+    wide = (wide / (wide.norm(dim=(1, 2), keepdim=True) + 1e-7)).to(arithmetic(x.device.type))
+    for _ in range(5):
+        square = wide @ wide.mT
+        wide = torch.baddbmm(wide, torch.baddbmm(square, square, square, beta=-4.7750, alpha=2.0315), wide, beta=3.4445)
+    return (wide.mT if x.shape[1] > x.shape[2] else wide).to(x.dtype)
+
+
+def make_optimizers(net, steps):
+    """Muon for the matrices of the convolutions and the LSTM, AdamW for all else, each with its one-cycle schedule."""
+    matrices = [p for name, p in net.crnn.named_parameters() if name.split(".")[0] in ("convolutions", "lstm") and p.ndim > 1]
+    others = [p for p in net.parameters() if not any(p is matrix for matrix in matrices)]
+    optimizers = [Muon(matrices, MATRIX_LEARNING_RATE), torch.optim.AdamW(others, LEARNING_RATE, weight_decay=WEIGHT_DECAY, fused=True)]
+    schedules = [torch.optim.lr_scheduler.OneCycleLR(optimizer, optimizer.defaults["lr"], total_steps=steps + 1, pct_start=WARM_UP,
+                                                     cycle_momentum=False) for optimizer in optimizers]
+    return optimizers, schedules
+
+
+def arithmetic(device_type):
+    """The dtype of PRECISION; where that is None, bfloat16 if the hardware computes in it, and float16 on older GPUs."""
+    if PRECISION:
+        return getattr(torch, PRECISION)
+    if device_type == "cuda":
+        return torch.bfloat16 if torch.cuda.get_device_capability() >= (8, 0) else torch.float16
+    able = torch.cpu.get_capabilities() if device_type == "cpu" and hasattr(torch.cpu, "get_capabilities") else {}
+    return torch.bfloat16 if able.get("avx512_bf16") or able.get("amx_bf16") else torch.float32
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Training
+
+class WithShortcut(nn.Module):
+    """The CRNN with a second CTC head right on the features of its CNN, which makes them learn sooner and is dropped afterwards."""
+
+    def __init__(self, crnn):
+        super().__init__()
+        self.crnn, self.shortcut = crnn, nn.Linear(crnn.lstm.input_size, crnn.linear.out_features)
+
+    def forward(self, ink, widths):
+        """Ink (N, 1, H, W) and widths (N,) to the logits of both heads, (T, N, C) each."""
+        features = self.crnn.features(ink, widths)  # (T, N, D)
+        return self.crnn.sequence(features, num_frames(widths)), self.shortcut(features)
+
 
 def carry_over(model, charset, path):
     """Start from the weights of another checkpoint: output rows by character, all the rest as it is. Says which are new."""
@@ -242,32 +387,43 @@ def carry_over(model, charset, path):
     print(f"starting from {path}; characters that it did not know: {' '.join(map(describe, new)) or 'none'}")
 
 
-def train_epoch(model, shortcut, optimizer, schedule, buckets, description):
-    """One pass over all buckets. Returns the mean loss per picture; raises SystemExit when it is no longer a number."""
-    total, count, device = 0.0, 0, next(model.parameters()).device
-    bar = tqdm(shuffled_batches(buckets), desc=description, unit="batch", leave=False, mininterval=1,
-               disable=None)  # None: no bar in a log file, which gets a line per epoch anyway
-    for bucket, indices in bar:
+def train_epoch(net, optimizers, schedules, scaler, buckets, sizes, description):
+    """One pass over all buckets. Returns the mean losses per picture of up to 20 parts of it; SystemExit when one is no number."""
+    device = next(net.parameters()).device
+    batches = shuffled_batches(buckets, sizes, BATCH_SIZE // world_size())
+    parts, total, count = [], torch.zeros((), device=device), 0
+    bar = tqdm(total=sum(sizes.values()), desc=description, unit="img", leave=False, mininterval=1,
+               disable=None if rank() == 0 else True)  # None: no bar in a log file, which gets a line per epoch anyway
+    for step, (bucket, indices) in enumerate(batches, start=1):
         ink = to_ink(bucket.pixels[indices].to(device))  # (N, 1, H, W)
         if AUGMENT:
             ink = augment(ink, AUGMENT)
-        targets, lengths = bucket.targets[indices], bucket.lengths[indices]  # (N, longest), (N,)
         widths = torch.full((len(indices),), ink.shape[3])  # the padding is paper, and counts as part of the picture
-        frames = num_frames(widths)
-        features = model.features(ink, widths)  # (T, N, D)
-        logits = model.sequence(features, frames)  # (T, N, C)
+        targets, frames, lengths = bucket.targets[indices], num_frames(widths), bucket.lengths[indices]  # (N, longest), (N,), (N,)
+        with torch.autocast(device.type, arithmetic(device.type), enabled=arithmetic(device.type) != torch.float32):
+            logits, shortcut = net(ink, widths)  # (T, N, C) each
         loss = ctc_loss(logits, targets, frames, lengths)
-        optimizer.zero_grad(set_to_none=True)
-        (loss + SHORTCUT_WEIGHT * ctc_loss(shortcut(features), targets, frames, lengths)).backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 5.0)
-        optimizer.step()
-        schedule.step()
-        total, count = total + loss.item() * len(indices), count + len(indices)
-        if total != total:
-            raise SystemExit("the loss is not a number any more: set a lower LEARNING_RATE, and RESUME = True to go on from the "
-                             "last complete epoch")
-        bar.set_postfix_str(f"loss {total / count:.4f}", refresh=False)
-    return total / count
+        for optimizer in optimizers:
+            optimizer.zero_grad(set_to_none=True)
+        scaler.scale(loss + SHORTCUT_WEIGHT * ctc_loss(shortcut, targets, frames, lengths)).backward()
+        for optimizer in optimizers:
+            scaler.unscale_(optimizer)
+        nn.utils.clip_grad_norm_(net.parameters(), 5.0)
+        for optimizer, schedule in zip(optimizers, schedules):
+            scaler.step(optimizer)
+            schedule.step()
+        scaler.update()
+        total, count = total + loss.detach() * len(indices), count + len(indices)
+        bar.update(len(indices))
+        if step % -(-len(batches) // 20) == 0 or step == len(batches):
+            parts.append(float(total) / count)
+            total, count = torch.zeros((), device=device), 0
+            bar.set_postfix_str(f"loss {parts[-1]:.4f}", refresh=False)
+            if parts[-1] != parts[-1]:
+                raise SystemExit("the loss is not a number any more: set lower learning rates, and RESUME = True to go on from the "
+                                 "last complete epoch")
+    bar.close()
+    return parts
 
 
 def ctc_loss(logits, targets, frames, lengths):
@@ -278,8 +434,18 @@ def ctc_loss(logits, targets, frames, lengths):
 def predict(model, charset, rows):
     """The texts that the model reads in the pictures of rows, in their order."""
     model.eval()
-    return [reading.text for reading in read_images(model, charset, [torch.from_numpy(p) for p in rows.picture], 4 * BATCH_SIZE)]
+    return [reading.text for reading in read_images(model, charset, [torch.from_numpy(p) for p in rows.picture], 32)]
 
+
+def score(model, charset, rows):
+    """Let every process read its rows. Returns all labels, all predictions, and the score_table by source."""
+    parts = gather((list(rows.label), predict(model, charset, rows), list(rows.source)))
+    labels, predictions, sources = ([item for part in parts for item in part[i]] for i in range(3))
+    return labels, predictions, score_table(labels, predictions, sources)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is left behind: the model, the state to resume from, history.csv and training_curves.png
 
 def resume_path():
     return Path(MODEL_PATH).with_suffix(".resume.pth")
@@ -290,77 +456,9 @@ def check_output_folder():
     try:
         with whole_file(Path(MODEL_PATH).with_suffix(".check")) as temporary:
             temporary.write_bytes(b"")
-        Path(MODEL_PATH).with_suffix(".check").unlink()
+        Path(MODEL_PATH).with_suffix(".check").unlink(missing_ok=True)  # another process may have been faster
     except OSError as error:
         raise SystemExit(f"cannot write to {Path(MODEL_PATH).parent}: {error}. Set MODEL_PATH to a folder that can be written to")
-
-
-def main():
-    """Train, save the best epoch, and score it on the test rows."""
-    check_output_folder()
-    torch.manual_seed(SEED)
-    torch.set_flush_denormal(True)  # numbers too small to matter slow a CPU down
-    try:
-        known = load_checkpoint(INIT_WEIGHTS)[1].characters if INIT_WEIGHTS else ""
-    except ValueError as error:
-        raise SystemExit(f"INIT_WEIGHTS: {error}")
-    rows, charset = load_data(known)
-    train, val, test = (rows[rows.split == split] for split in ("train", "val", "test"))
-    val = val if len(val) else train
-    buckets = make_buckets(train, charset)
-    steps = EPOCHS * sum(-(-len(bucket.pixels) // BATCH_SIZE) for bucket in buckets)
-
-    model = CRNN(charset.num_classes, HEIGHT, CHANNELS, HIDDEN, DROPOUT).to(DEVICE)
-    if INIT_WEIGHTS:
-        carry_over(model, charset, INIT_WEIGHTS)
-    shortcut = nn.Linear(CHANNELS[-1], charset.num_classes).to(DEVICE)
-    learned = [*model.parameters(), *shortcut.parameters()]
-    optimizer = torch.optim.AdamW(learned, lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY, fused=True)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps + 1, pct_start=WARM_UP)
-    print(f"{sum(p.numel() for p in model.parameters()):,} weights, {EPOCHS} epochs of {steps // EPOCHS:,} batches on {DEVICE}")
-
-    state = dict(epoch=0, best=-1.0, fingerprint=fingerprint(rows))  # best: exact match of the saved epoch, below 0 before there is one
-    if RESUME:
-        state = load_state(state["fingerprint"], model, shortcut, optimizer, schedule)
-    started = time.perf_counter()
-    try:
-        for epoch in range(state["epoch"] + 1, EPOCHS + 1):
-            torch.manual_seed(SEED + 1_000_003 * epoch)  # all chance of an epoch follows from its number: resuming is exact
-            model.train()
-            if epoch > max(1, EPOCHS * (1 - FROZEN_NORMS)):  # not in the first, which has no averages to use yet
-                model.norms.eval()
-            loss = train_epoch(model, shortcut, optimizer, schedule, buckets, f"epoch {epoch}/{EPOCHS}")
-            predictions = predict(model, charset, val)
-            scores = score_table(list(val.label), predictions, ["val"] * len(val)).loc["val"]
-            print(f"Epoch {epoch}/{EPOCHS} — Loss: {loss:.4f} — Accuracy: {scores.exact:.2%} — CER: {scores.CER:.2%}"
-                  f" — {time.perf_counter() - started:.0f} s", flush=True)
-            for label, prediction in list(zip(val.label, predictions))[epoch % 7::max(1, len(val) // SHOWN)][:SHOWN]:
-                print(f"    {label} | {prediction}")
-            if sum(not p for p in predictions) > 0.9 * len(predictions):
-                print("    nearly all output is still blank: this is normal in the first epochs of CTC training")
-            if scores.exact > state["best"]:
-                if state["best"] < 0:
-                    keep_former_model()
-                state["best"] = float(scores.exact)
-                save_checkpoint(MODEL_PATH, model, charset, epoch=epoch, val_exact=state["best"], val_cer=float(scores.CER),
-                                data=str(DATA_CSV), rows=len(train), seed=SEED)
-            state["epoch"] = epoch
-            save_state(state, model, shortcut, optimizer, schedule)
-    except KeyboardInterrupt:
-        print(f"\nstopped after epoch {state['epoch']}: set RESUME = True to go on from there")
-        if state["best"] < 0:
-            raise SystemExit(130)
-    except OSError as error:
-        resume = f", and RESUME = True goes on after epoch {state['epoch']}" if resume_path().exists() else ""
-        raise SystemExit(f"cannot write to {Path(MODEL_PATH).parent}: {error}. Make room there or set MODEL_PATH; what was saved "
-                         f"before is whole{resume}")
-    print(f"✅ Model saved to {MODEL_PATH}")
-
-    if len(test):
-        best, charset, facts = load_checkpoint(MODEL_PATH, DEVICE)
-        print(f"\nTest rows, never trained on, read by epoch {facts['epoch']} (exact: no error in the line; folded: single characters, "
-              f"look-alikes such as 0 O o counted as one)")
-        print(format_score_table(score_table(list(test.label), predict(best, charset, test), list(test.source))))
 
 
 def keep_former_model():
@@ -375,32 +473,155 @@ def keep_former_model():
 def fingerprint(rows):
     """What must be the same for a resumed training to reach the same weights: the rows, and the constants that shape a step."""
     text = rows[["image_path", "label", "split"]].to_csv(index=False)
-    constants = (CHANNELS, HIDDEN, DROPOUT, EPOCHS, BATCH_SIZE, LEARNING_RATE, WARM_UP, WEIGHT_DECAY, SHORTCUT_WEIGHT,
-                 FROZEN_NORMS, AUGMENT, SEED)
+    constants = (CHANNELS, HIDDEN, DROPOUT, EPOCHS, MIN_STEPS, BATCH_SIZE, MATRIX_LEARNING_RATE, LEARNING_RATE, WARM_UP, WEIGHT_DECAY,
+                 SHORTCUT_WEIGHT, FROZEN_NORMS, AUGMENT, SEED, PRECISION, world_size())
     return f"{zlib.crc32(text.encode()):08x} {constants}"
 
 
-def save_state(state, model, shortcut, optimizer, schedule):
+def save_state(state, parts):
     """Write all that training needs to go on, whole or not at all."""
-    save_tensors(resume_path(), dict(state, model=model.state_dict(), shortcut=shortcut.state_dict(),
-                                     optimizer=optimizer.state_dict(), schedule=schedule.state_dict()))
+    save_tensors(resume_path(), dict(state, **{name: part.state_dict() for name, part in parts.items()}))
 
 
-def load_state(expected, model, shortcut, optimizer, schedule):
+def load_state(expected, parts):
     """Put the parts back as save_state found them. Returns the state. Raises SystemExit where its fingerprint is not the expected."""
     if not resume_path().exists():
         raise SystemExit(f"RESUME: no {resume_path()}: set RESUME = False to train from the start")
     try:
-        saved = torch.load(resume_path(), map_location=DEVICE, weights_only=True)
+        saved = torch.load(resume_path(), map_location="cpu", weights_only=True)
         same = saved["fingerprint"] == expected
     except Exception as error:  # torch.load raises pickle, zip, key and runtime errors of many kinds for a foreign file
         raise SystemExit(f"RESUME: {resume_path()} cannot be read ({type(error).__name__}): set RESUME = False to train from the start")
     if not same:
         raise SystemExit(f"RESUME: {resume_path()} comes from other data or other constants: put them back, or set RESUME = False")
-    for name, part in dict(model=model, shortcut=shortcut, optimizer=optimizer, schedule=schedule).items():
+    for name, part in parts.items():
         part.load_state_dict(saved.pop(name))
     print(f"resuming after epoch {saved['epoch']}")
     return saved
+
+
+def write_history(history, curves):
+    """history.csv, a row per epoch, and training_curves.png. history: list of dicts, with the losses of parts of the epoch as a list."""
+    folder = Path(MODEL_PATH).parent
+    write_labels(pd.DataFrame([{k: v for k, v in epoch.items() if k != "losses"} for epoch in history]), folder / "history.csv")
+    if not curves:
+        return
+    import matplotlib
+    matplotlib.use("Agg")  # no window
+    from matplotlib import pyplot
+
+    figure, (losses, exact, cer) = pyplot.subplots(1, 3, figsize=(15, 4), layout="constrained")
+    epochs = [epoch["epoch"] for epoch in history]
+    losses.plot([epoch["epoch"] - 1 + (i + 1) / len(epoch["losses"]) for epoch in history for i in range(len(epoch["losses"]))],
+                [loss for epoch in history for loss in epoch["losses"]])
+    losses.set(title="training: CTC loss per character", yscale="log")
+    for axes, measure, title in ((exact, "exact", "validation: exact match, %"), (cer, "CER", "validation: character error rate, %")):
+        for column in [c for c in history[-1] if c.startswith(measure)]:
+            axes.plot(epochs, [100 * epoch[column] for epoch in history], marker="o", label=column.removeprefix(measure).strip())
+        axes.set(title=title)
+        axes.legend()
+    for axes in (losses, exact, cer):
+        axes.set(xlabel="epoch")
+        axes.grid(alpha=0.3)
+    with whole_file(folder / "training_curves.png") as temporary:
+        figure.savefig(temporary, format="png", dpi=80)
+    pyplot.close(figure)
+
+
+def main():
+    """Train, save the best epoch, and score it on the test rows."""
+    if BATCH_SIZE % world_size():
+        raise SystemExit(f"BATCH_SIZE = {BATCH_SIZE} cannot be shared equally among {world_size()} processes: set a multiple of it")
+    device = torch.device(DEVICE)
+    if world_size() > 1 and device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    join_processes("nccl" if device.type == "cuda" else "gloo")
+    check_output_folder()
+    torch.manual_seed(SEED)
+    torch.set_flush_denormal(True)  # numbers too small to matter slow a CPU down
+    try:
+        known = load_checkpoint(INIT_WEIGHTS)[1].characters if INIT_WEIGHTS else ""
+    except ValueError as error:
+        raise SystemExit(f"INIT_WEIGHTS: {error}")
+    rows, charset = read_rows(known)
+    # Each process gets every so-manieth row in the order of label length, and so as many narrow and wide pictures as the others.
+    share = rows.iloc[np.argsort(rows.label.str.len(), kind="stable")[rank()::world_size()]] if world_size() > 1 else rows
+    buckets, scored = load_rows(share, charset)
+    val, test = (scored[scored.split == split] for split in ("val", "test"))
+    val = val if (rows.split == "val").any() else scored[scored.split == "train"]
+    sizes = common_sizes(buckets)
+    batches = sum(-(-size // (BATCH_SIZE // world_size())) for size in sizes.values())
+    epochs = max(EPOCHS, -(-MIN_STEPS // batches))
+
+    model = CRNN(charset.num_classes, HEIGHT, CHANNELS, HIDDEN, DROPOUT)
+    if INIT_WEIGHTS:
+        carry_over(model, charset, INIT_WEIGHTS)
+    net = WithShortcut(model).to(device)
+    optimizers, schedules = make_optimizers(net, epochs * batches)
+    scaler = torch.amp.GradScaler(device.type, enabled=arithmetic(device.type) == torch.float16)
+    parts = dict(net=net, **{f"optimizer {i}": o for i, o in enumerate(optimizers)}, **{f"schedule {i}": s for i, s in enumerate(schedules)},
+                 scaler=scaler)
+    print(f"{sum(p.numel() for p in model.parameters()):,} weights, {epochs} epochs of {batches:,} batches on {device} in "
+          f"{arithmetic(device.type)}" + f", {world_size()} processes" * (world_size() > 1))
+
+    # best: exact match of the saved epoch, below 0 before there is one
+    state = dict(epoch=0, best=-1.0, seconds=0.0, history=[], fingerprint=fingerprint(rows))
+    if RESUME:
+        state = load_state(state["fingerprint"], parts)
+    trained = net if world_size() == 1 else nn.parallel.DistributedDataParallel(net)
+    try:
+        for epoch in range(state["epoch"] + 1, epochs + 1):
+            started = time.perf_counter()
+            torch.manual_seed(SEED + 1_000_003 * epoch)  # all chance of an epoch follows from its number: resuming is exact
+            net.train()
+            if epoch > max(1, epochs * (1 - FROZEN_NORMS)):  # not in the first, which has no averages to use yet
+                model.norms.eval()
+            losses = train_epoch(trained, optimizers, schedules, scaler, buckets, sizes, f"epoch {epoch}/{epochs}")
+            speed = world_size() * sum(sizes.values()) / (time.perf_counter() - started)
+            labels, predictions, table = score(model, charset, val)
+            exact, cer = float(table.exact.iloc[-1]), float(table.CER.iloc[-1])
+            state["seconds"] += time.perf_counter() - started
+            print(f"Epoch {epoch}/{epochs} — Loss: {np.mean(losses):.4f} — Accuracy: {exact:.2%} — CER: {cer:.2%}"
+                  f" — {speed:.0f} img/s — {state['seconds']:.0f} s", flush=True)
+            now_and_then = epoch % -(-epochs // 10) == 0 or epoch == epochs
+            if now_and_then:
+                for label, prediction in list(zip(labels, predictions))[epoch % 7::max(1, len(labels) // SHOWN)][:SHOWN]:
+                    print(f"    {label} | {prediction}")
+            if sum(not p for p in predictions) > 0.9 * len(predictions):
+                print("    nearly all output is still blank: this is normal in the first epochs of CTC training")
+            state["epoch"] = epoch
+            state["history"].append(dict(epoch=epoch, seconds=round(state["seconds"], 1), images_per_second=round(speed, 1),
+                                         learning_rate=float(schedules[0].get_last_lr()[0]), losses=losses, loss=float(np.mean(losses)),
+                                         **{f"exact {s}": float(v) for s, v in table.exact.items()},
+                                         **{f"CER {s}": float(v) for s, v in table.CER.items()}))
+            if rank() == 0:
+                if exact > state["best"]:
+                    if state["best"] < 0:
+                        keep_former_model()
+                    save_checkpoint(MODEL_PATH, model, charset, epoch=epoch, val_exact=exact, val_cer=cer, data=str(DATA_CSV),
+                                    rows=int((rows.split == "train").sum()), seed=SEED)
+                state["best"] = max(state["best"], exact)
+                save_state(state, parts)
+                write_history(state["history"], curves=now_and_then)
+    except KeyboardInterrupt:
+        print(f"\nstopped after epoch {state['epoch']}: set RESUME = True to go on from there")
+        if state["best"] < 0 or world_size() > 1:
+            raise SystemExit(130)
+    except OSError as error:
+        resume = f", and RESUME = True goes on after epoch {state['epoch']}" if resume_path().exists() else ""
+        raise SystemExit(f"cannot write to {Path(MODEL_PATH).parent}: {error}. Make room there or set MODEL_PATH; what was saved "
+                         f"before is whole{resume}")
+    print(f"✅ Model saved to {MODEL_PATH}")
+
+    gather(None)  # the others wait until the last file is written
+    if (rows.split == "test").any():
+        best, charset, facts = load_checkpoint(MODEL_PATH, device)
+        print(f"\nTest rows, never trained on, read by epoch {facts['epoch']} (exact: no error in the line; folded: single characters, "
+              f"look-alikes such as 0 O o counted as one)")
+        print(format_score_table(score(best, charset, test)[2]))
+    if world_size() > 1:
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -1,6 +1,9 @@
 """The drawn data: determinism, splits, fonts, EMNIST, bad input."""
 import os
+import random
 import shutil
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -54,6 +57,23 @@ def test_workers_change_nothing(prepare, method, sources, monkeypatch, tmp_path)
         monkeypatch.setattr(prepare, name, value)
     prepare.main()
     assert len(one) == 70 + (sources - 1) * 24 + 2 and contents(tmp_path / "two") == one
+
+
+def test_two_machines_draw_what_one_does(prepare, monkeypatch, tmp_path):
+    fake_emnist(Path(prepare.DATASETS_DIR))
+    monkeypatch.setattr(prepare, "NUM_HANDWRITING", 0)
+    prepare.main()
+    one = contents(prepare.DATASETS_DIR)
+    shutil.copytree(Path(prepare.DATASETS_DIR) / "emnist", tmp_path / "two" / "emnist")
+    constants = {name: value for name, value in vars(prepare).items() if name.startswith("NUM_")}
+    constants |= dict(FONTS_DIR=prepare.FONTS_DIR, DATASETS_DIR=str(tmp_path / "two"))
+    (tmp_path / "run.py").write_text(f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nimport prepare_ocr_dataset\n"
+                                     f"vars(prepare_ocr_dataset).update({constants!r})\nprepare_ocr_dataset.main()\n")
+    run = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(tmp_path / "run.py")],
+                         capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0, run.stderr[-2000:]
+    assert contents(tmp_path / "two") == one and run.stdout.count("labels in") == 1
+    assert not (tmp_path / "two" / ".drawing").exists()
 
 
 def test_another_seed_draws_other_pictures(prepare, monkeypatch):
@@ -127,12 +147,31 @@ def test_words_and_fonts_of_the_test_are_not_trained_on(prepare):
     prepare.FONTS, notes = prepare.find_fonts()
     assert not notes
     for kind in (prepare.PRINTED, prepare.HAND):
-        fonts = [f for f in prepare.FONTS if f.kind == kind]
-        held_out = [f for f in fonts if f.held_out]
-        assert 0.1 * len(fonts) <= len(held_out) < 0.3 * len(fonts)
-        assert not {f.family for f in held_out} & {f.family for f in fonts if not f.held_out}
+        families = {held_out: {f.family for f in prepare.FONTS if f.kind == kind and f.held_out == held_out} for held_out in (True, False)}
+        assert 0.1 < len(families[True]) / len(families[True] | families[False]) < 0.2 and not families[True] & families[False]
         for split in ("train", "val", "test"):
-            assert prepare.pick_font("abc", kind, split).held_out == (split != "train")
+            assert prepare.pick_font("abc", kind, split, False).held_out == (split != "train")
+    for c in prepare.CHARSET:  # nothing is trained on that is never tested
+        assert prepare.pick_font(c, prepare.PRINTED, "train", False) and prepare.pick_font(c, prepare.PRINTED, "test", False), c
+
+
+def test_families_are_drawn_in_equally_often(prepare):
+    prepare.FONTS = tuple(prepare.Font(f"{family}{i}", "printed", family, frozenset("a"), frozenset(), False)
+                          for family, files in (("many", 18), ("one", 1)) for i in range(files))
+    random.seed(0)
+    share = sum(prepare.pick_font("a", "printed", "train", False).family == "one" for _ in range(400)) / 400
+    assert 0.4 < share < 0.6
+
+
+def test_look_alikes_stand_alone_only_in_fonts_that_tell_them_apart(prepare):
+    prepare.FONTS, _ = prepare.find_fonts()
+    by_name = {Path(f.path).name: f for f in prepare.FONTS}
+    assert set("Il") <= by_name["Lato-Regular.ttf"].doubtful and not set("O0") & by_name["Lato-Regular.ttf"].doubtful
+    assert not set("O0Il1") & by_name["jetbrains-mono-400.woff2"].doubtful  # a slashed zero, serifs on I and l
+    assert prepare.pick_font("Il", prepare.PRINTED, "test", True)  # and yet there are some to test it in
+    for split in ("train", "val"):
+        assert all("I" not in prepare.pick_font("AI7", prepare.PRINTED, split, True).doubtful for _ in range(50))
+    assert any("I" in prepare.pick_font("India", prepare.PRINTED, "train", False).doubtful for _ in range(50))
 
 
 def test_fonts_are_only_used_for_what_they_draw(prepare):
@@ -149,7 +188,6 @@ def test_fonts_are_only_used_for_what_they_draw(prepare):
 @pytest.mark.parametrize("font", ["DejaVuSans.ttf", "handwriting/caveat-400.woff2"])
 def test_no_ink_is_clipped(prepare, font):
     """Italics and swashes reach beyond their advance: the picture's left and right columns must be paper."""
-    import random
     survey = prepare.survey_font(str(ROOT / "myFonts" / font), prepare.CHARSET)
     drawn = 0
     for i in range(60):
@@ -176,22 +214,22 @@ def test_one_line_says_what_to_do(prepare, monkeypatch, tmp_path, case, complain
         monkeypatch.setattr(prepare, name, value)
     if case == "impossible":
         monkeypatch.setattr(prepare, "NUM_WORKERS", 2)  # the complaint of a worker must reach the user
-        monkeypatch.setattr(prepare, "find_fonts", lambda: ([prepare.Font(FONT, "printed", f, frozenset("≠"), f == "b") for f in "ab"], []))
+        monkeypatch.setattr(prepare, "find_fonts", lambda: ([prepare.Font(FONT, "printed", f, frozenset("≠"), frozenset(), f == "b") for f in "ab"], []))
     with pytest.raises(SystemExit, match=complaint) as stop:
         prepare.main()
     assert "\n" not in str(stop.value)
 
 
 def test_no_fonts_of_ones_own(prepare, monkeypatch, tmp_path, capsys):
-    """An empty font folder: said so, handwriting is left out, print is drawn in TRDG's fonts."""
+    """An empty font folder: said so, and TRDG's own fonts are drawn in."""
     (tmp_path / "no fonts").mkdir()
     monkeypatch.setattr(prepare, "FONTS_DIR", str(tmp_path / "no fonts"))
     for name in ("NUM_EMNIST", "NUM_EMNIST_WORDS"):
         monkeypatch.setattr(prepare, name, 0)
     prepare.main()
     message = capsys.readouterr().out
-    assert f"{tmp_path / 'no fonts'} holds no font files" in message and "handwriting is left out" in message
-    assert set(read_labels(Path(prepare.DATASETS_DIR) / "data.csv").source) == {"trdg_custom", "synthetic_math"}
+    assert f"{tmp_path / 'no fonts'} holds no font files" in message
+    assert set(read_labels(Path(prepare.DATASETS_DIR) / "data.csv").source) == {"trdg_custom", "synthetic_math", "handwriting"}
 
 
 def test_a_broken_font_is_left_out_by_name(prepare, monkeypatch, tmp_path):

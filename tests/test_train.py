@@ -1,13 +1,16 @@
 """Training: what it says of the data, that it learns, resumes, starts from other weights, and stops in good order."""
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pandas as pd
 import pytest
 import torch
+from PIL import Image
 
-from conftest import line_image, write_csv
-from crnn import Charset, load_checkpoint, load_image
+from conftest import ROOT, line_image, write_csv
+from crnn import Charset, load_checkpoint, load_image, read_labels
 
 TEXTS = ["cat", "dog", "7+5", "007", "NA", "llama", "B-12", "x=3", "ok", "null", "1e5", "up", "$9.50", "a b", "Zoo", "42"]
 
@@ -93,7 +96,7 @@ def test_resuming_reaches_the_same_weights(train, own_csv, tmp_path, monkeypatch
     monkeypatch.setattr(train, "DATA_CSV", str(own_csv))
     monkeypatch.setattr(train, "EPOCHS", 4)
     train.main()
-    whole = torch.load(train.resume_path(), weights_only=True)["model"]
+    whole = torch.load(train.resume_path(), weights_only=True)["net"]
 
     monkeypatch.setattr(train, "MODEL_PATH", str(tmp_path / "stopped" / "crnn.pth"))
     save = train.save_state
@@ -107,7 +110,7 @@ def test_resuming_reaches_the_same_weights(train, own_csv, tmp_path, monkeypatch
     monkeypatch.setattr(train, "save_state", save)
     monkeypatch.setattr(train, "RESUME", True)
     train.main()
-    resumed = torch.load(train.resume_path(), weights_only=True)["model"]
+    resumed = torch.load(train.resume_path(), weights_only=True)["net"]
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
     monkeypatch.setattr(train, "LEARNING_RATE", 1e-4)
@@ -180,29 +183,130 @@ def test_a_full_disk_during_training(train, own_csv, monkeypatch):
 
 # ---- the parts
 
-def test_buckets_hold_every_row(train, tmp_path):
+@pytest.mark.parametrize("max_memory", [8, 0], ids=["in memory", "in a file"])
+def test_buckets_hold_every_row(train, tmp_path, monkeypatch, capsys, max_memory):
     path = write_csv(tmp_path / "datasets", TEXTS, split="train")
-    rows, charset = train.load_data()
+    monkeypatch.setattr(train, "MAX_MEMORY", max_memory)
+    Path(train.MODEL_PATH).parent.mkdir()
+    charset = train.read_rows("")[1]
     assert charset.characters == "".join(sorted(set("".join(TEXTS))))
     read = []
-    for bucket in train.make_buckets(rows, charset):
-        assert bucket.pixels.dtype == torch.uint8 and bucket.pixels.shape[1:3] == (1, 32)
+    for width, bucket in train.load_rows(*train.read_rows(""))[0].items():
+        assert bucket.pixels.dtype == torch.uint8 and bucket.pixels.shape[1:] == (1, 32, width)
         for pixels, target, length in zip(bucket.pixels, bucket.targets, bucket.lengths):
             label = charset.decode(target[:length].tolist())
             read.append(label)
             picture = load_image(Path(path).parent / f"{TEXTS.index(label)}.png")
             assert torch.equal(pixels[0, :, :picture.shape[1]], picture) and (pixels[0, :, picture.shape[1]:] == 255).all()
-            assert pixels.shape[2] - picture.shape[1] < (16 if pixels.shape[2] <= 256 else 32)
+            assert width - picture.shape[1] < (16 if width <= 256 else 32)
     assert sorted(read) == sorted(TEXTS)
+    assert ("temporary file" in capsys.readouterr().out) == (max_memory == 0)
 
 
 def test_batches_cover_an_epoch_once(train, own_csv, monkeypatch):
     monkeypatch.setattr(train, "DATA_CSV", str(own_csv))
-    monkeypatch.setattr(train, "BATCH_SIZE", 3)
-    rows, charset = train.load_data()
-    buckets = train.make_buckets(rows, charset)
-    seen = [(id(bucket), i) for bucket, indices in train.shuffled_batches(buckets) for i in indices.tolist()]
-    assert len(seen) == len(set(seen)) == len(rows)
+    buckets, scored = train.load_rows(*train.read_rows(""))
+    batches = train.shuffled_batches(buckets, train.common_sizes(buckets), 3)
+    seen = [(bucket.width, i) for bucket, indices in batches for i in indices.tolist()]
+    assert len(seen) == len(set(seen)) == sum(len(bucket.pixels) for bucket in buckets.values())
+    assert max(len(indices) for _, indices in batches) == 3 and len(seen) + len(scored) == len(read_labels(own_csv))
+
+
+def test_few_pictures_get_more_epochs(train, own_csv, monkeypatch, capsys):
+    monkeypatch.setattr(train, "DATA_CSV", str(own_csv))
+    monkeypatch.setattr(train, "MIN_STEPS", 10)
+    train.main()
+    epochs, batches = map(int, re.search(r"(\d+) epochs of (\d+) batches", capsys.readouterr().out).groups())
+    assert (epochs - 1) * batches < 10 <= epochs * batches and len(pd.read_csv(Path(train.MODEL_PATH).parent / "history.csv")) == epochs
+
+
+def test_updates_are_made_orthogonal(train):
+    torch.manual_seed(0)
+    for rows, columns in ((24, 60), (60, 24)):  # a square one may have singular values near 0, which stay small
+        singular = torch.linalg.svdvals(train.orthogonal(torch.randn(3, rows, columns)))
+        assert singular.min() > 0.3 and singular.max() < 1.5
+
+
+def test_every_weight_is_learned_by_one_optimizer(train):
+    net = train.WithShortcut(train.CRNN(10, 32, train.CHANNELS, train.HIDDEN))
+    optimizers, _ = train.make_optimizers(net, 10)
+    learned = [id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
+    assert sorted(learned) == sorted(id(p) for p in net.parameters())
+    assert all(p.ndim > 1 for p in optimizers[0].param_groups[0]["params"])
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_both_precisions_train(train, own_csv, monkeypatch, capsys, precision):
+    monkeypatch.setattr(train, "DATA_CSV", str(own_csv))
+    monkeypatch.setattr(train, "PRECISION", precision)
+    train.main()
+    assert f"in torch.{precision}" in capsys.readouterr().out
+    assert all(tensor.dtype == torch.float32 for tensor in weights(train.MODEL_PATH).values() if tensor.is_floating_point())
+
+
+# ---- several processes, and processes that are killed
+
+def script(train, path, **constants):
+    """A script that sets the constants of the fixture, and these, and trains."""
+    named = {name: getattr(train, name) for name in ("MODEL_PATH", "DATA_CSV", "NUM_WORKERS", "CHANNELS", "HIDDEN", "MIN_STEPS",
+                                                     "MIN_CHARACTER_ROWS", "DEVICE")}
+    path.write_text(f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nimport train_crnn\n"
+                    f"vars(train_crnn).update({dict(named, **constants)!r})\nif __name__ == '__main__':\n    train_crnn.main()\n")
+    return str(path)
+
+
+def overfitting(folder):
+    """A csv of 32 pictures that stand in train, val and test."""
+    path = write_csv(folder, [f"{i * 7919 % 10000:04}" for i in range(32)], split="train")
+    rows = pd.read_csv(path, dtype=str)
+    pd.concat([rows, rows.assign(split="val"), rows.assign(split="test")]).to_csv(path, index=False)
+
+
+def test_two_processes_learn_what_one_does(train, tmp_path):
+    overfitting(tmp_path / "datasets")
+    path = script(train, tmp_path / "run.py", EPOCHS=40, BATCH_SIZE=8, AUGMENT=0, CHANNELS=(16, 32, 48, 64), HIDDEN=64)
+    run = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", path],
+                         capture_output=True, text=True, encoding="utf-8", timeout=150)
+    assert run.returncode == 0, run.stderr[-2000:]
+    assert len(re.findall("^Epoch", run.stdout, re.M)) == 40 and run.stdout.count("✅") == 1  # one of them speaks
+    assert "40 epochs of 4 batches on cpu" in run.stdout and "2 processes" in run.stdout
+    assert re.search(r"^Epoch 40/40 .* Accuracy: (100|9\d)\.", run.stdout, re.M)
+    assert re.search(r"custom +32 +(100|9\d)\.", run.stdout)  # every test row is read once
+    facts = load_checkpoint(train.MODEL_PATH)[2]
+    assert facts["val_exact"] > 0.9
+
+
+def test_processes_must_share_a_batch_equally(train, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(SystemExit, match="BATCH_SIZE = 32 cannot be shared equally among 3"):
+        train.main()
+
+
+def test_killed_and_resumed_reaches_the_same_weights(train, tmp_path):
+    """kill -9 somewhere in the second half, then RESUME: the very weights of an uninterrupted run."""
+    overfitting(tmp_path / "datasets")
+    constants = dict(EPOCHS=30, BATCH_SIZE=8)
+    subprocess.run([sys.executable, script(train, tmp_path / "whole.py", **constants)], check=True, capture_output=True, timeout=100)
+    whole = torch.load(train.resume_path(), weights_only=True)
+
+    model = tmp_path / "killed" / "crnn.pth"
+    killed = subprocess.Popen([sys.executable, script(train, tmp_path / "killed.py", MODEL_PATH=str(model), **constants)],
+                              stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, encoding="utf-8")
+    for line in killed.stdout:
+        if line.startswith("Epoch 17/"):
+            killed.kill()
+    killed.wait()
+    left = torch.load(model.with_suffix(".resume.pth"), weights_only=True)
+    assert killed.returncode != 0 and 16 <= left["epoch"] < 30
+    load_checkpoint(model)  # whole
+    subprocess.run([sys.executable, script(train, tmp_path / "resumed.py", MODEL_PATH=str(model), RESUME=True, **constants)],
+                   check=True, capture_output=True, timeout=100)
+    resumed = torch.load(model.with_suffix(".resume.pth"), weights_only=True)
+    assert all(torch.equal(whole["net"][name], resumed["net"][name]) for name in whole["net"])
+    assert [e["loss"] for e in whole["history"]] == [e["loss"] for e in resumed["history"]]
+    assert len(pd.read_csv(model.parent / "history.csv")) == 30
+    with Image.open(model.parent / "training_curves.png") as curves:
+        assert curves.width > 800
 
 
 def test_augmentation_keeps_the_text_readable(train):

@@ -1,0 +1,283 @@
+"""Measure what the README claims of training. By hand, on an idle machine; about an hour and a quarter for all parts on 2 cores.
+
+    python tests/benchmark.py                      all parts, then one table
+    python tests/benchmark.py speed race           some of them: speed race target scaling processes own
+
+The pictures are drawn by prepare_ocr_dataset.py, once, into FOLDER. Every part trains from nothing but "own", which starts from
+OWN_START. Wall time, one run a figure unless the table says otherwise.
+"""
+import math
+import random
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import pandas as pd
+import torch
+from PIL import Image, ImageDraw, ImageFilter, ImageFont
+from torch import nn
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import crnn
+import prepare_ocr_dataset
+import train_crnn
+
+# ---------------------------------------------------------------------------------------------------------------------
+FOLDER = ROOT / "datasets" / "benchmark"  # pictures, csv files and models of the benchmark
+NUM_TRDG, NUM_MATH = 130_000, 50_000  # pictures drawn for it
+TARGET_EPOCHS = 2  # of the part "target"
+RACE_SECONDS = 300  # that each network of the part "race" is trained for
+SCALING_ROWS = 20_000  # of the part "scaling", and twice and four times as many
+PROCESSES_ROWS = 60_000  # of the part "processes", two epochs of them
+OWN_START = ROOT / "ocr_crnn_model" / "crnn.pth"  # the weights that the part "own" starts from
+REPEATS = 5  # of each timing of the part "speed"
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class ShiCRNN(nn.Module):
+    """The network of Shi, Bai and Yao 2015 (arXiv:1507.05717, table 1): seven convolutions, two bidirectional LSTMs of 256."""
+
+    def __init__(self, num_classes):
+        super().__init__()
+        def block(i, o, kernel, padding, norm):
+            return [nn.Conv2d(i, o, kernel, 1, padding)] + [nn.BatchNorm2d(o)] * norm + [nn.ReLU()]
+        self.cnn = nn.Sequential(
+            *block(1, 64, 3, 1, False), nn.MaxPool2d(2), *block(64, 128, 3, 1, False), nn.MaxPool2d(2),
+            *block(128, 256, 3, 1, False), *block(256, 256, 3, 1, False), nn.MaxPool2d((2, 2), (2, 1), (0, 1)),
+            *block(256, 512, 3, 1, True), *block(512, 512, 3, 1, True), nn.MaxPool2d((2, 2), (2, 1), (0, 1)),
+            *block(512, 512, 2, 0, False))
+        self.lstm1, self.between = nn.LSTM(512, 256, bidirectional=True), nn.Linear(512, 256)
+        self.lstm2, self.linear = nn.LSTM(256, 256, bidirectional=True), nn.Linear(512, num_classes)
+
+    def forward(self, ink, widths):
+        """Ink (N, 1, 32, W) to logits (T, N, C), and frames (N,); T is W / 4 + 1."""
+        x = self.cnn(ink).squeeze(2).permute(2, 0, 1)  # (N, 512, 1, T) -> (T, N, 512)
+        x = self.between(self.lstm1(x)[0])  # (T, N, 256)
+        logits = self.linear(self.lstm2(x)[0])  # (T, N, C)
+        return logits, torch.full((len(widths),), len(logits))
+
+
+class OneHead(nn.Module):
+    """The reference in the place of WithShortcut: the same logits from both heads."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def forward(self, ink, widths):
+        logits, frames = self.net(ink, widths)
+        return logits[:crnn.num_frames(ink.shape[3])], logits[:crnn.num_frames(ink.shape[3])]
+
+
+def count_weights(module):
+    return sum(p.numel() for p in module.parameters())
+
+
+def contenders(num_classes):
+    """Name -> a network with two heads, and its optimizers: ours, and the reference with AdamW, a learning rate of 1e-3 and the same loss."""
+    torch.manual_seed(0)
+    ours, reference = train_crnn.WithShortcut(crnn.CRNN(num_classes)), OneHead(ShiCRNN(num_classes))
+    return {"ours": (ours, train_crnn.make_optimizers(ours, 10)[0]),
+            "Shi et al.": (reference, [torch.optim.AdamW(reference.parameters(), 1e-3, fused=True)])}
+
+
+def step(net, optimizers, ink, targets, lengths):
+    """One training step in the precision that train_crnn.py would choose, as its train_epoch does it."""
+    widths = torch.full((len(ink),), ink.shape[3])
+    dtype = train_crnn.arithmetic("cpu")
+    with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+        logits, shortcut = net(train_crnn.augment(ink, train_crnn.AUGMENT), widths)
+    loss = train_crnn.ctc_loss(logits, targets, crnn.num_frames(widths), lengths)
+    if isinstance(net, train_crnn.WithShortcut):
+        loss = loss + train_crnn.SHORTCUT_WEIGHT * train_crnn.ctc_loss(shortcut, targets, crnn.num_frames(widths), lengths)
+    for optimizer in optimizers:
+        optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    nn.utils.clip_grad_norm_(net.parameters(), 5.0)
+    for optimizer in optimizers:
+        optimizer.step()
+
+
+def speed():
+    """Lines of 32 x 128 pixels a second in training, 64 at a time, augmentation included, in both precisions."""
+    ink, lengths = torch.rand(64, 1, 32, 128), torch.full((64,), 10)
+    targets, rows = torch.randint(1, 100, (64, 10)), []
+    for precision in ("float32", None):
+        train_crnn.PRECISION = precision
+        for name, (net, optimizers) in contenders(104).items():
+            step(net, optimizers, ink, targets, lengths)
+            seconds = []
+            for _ in range(REPEATS):
+                start = time.perf_counter()
+                step(net, optimizers, ink, targets, lengths)
+                seconds.append(time.perf_counter() - start)
+            rows.append((f"speed, {str(train_crnn.arithmetic('cpu')).split('.')[1]}: {name}, {count_weights(net) / 1e6:.1f} M weights",
+                         f"{64 / statistics.median(seconds):.0f} lines/s ({64 / max(seconds):.0f} to {64 / min(seconds):.0f})"))
+    return rows
+
+
+def race():
+    """Both networks trained for RACE_SECONDS on the same pictures, each with its one-cycle schedule by the clock."""
+    train_crnn.DATA_CSV, train_crnn.PRECISION = str(drawn()), None
+    rows, charset = train_crnn.read_rows("")
+    buckets, scored = train_crnn.load_rows(rows, charset)
+    sizes, val, results = train_crnn.common_sizes(buckets), scored[scored.split == "val"], []
+    for name, (net, optimizers) in contenders(charset.num_classes).items():
+        model, start, seen = net.crnn if name == "ours" else net.net, time.perf_counter(), 0
+        peaks = [optimizer.defaults["lr"] for optimizer in optimizers]
+        while time.perf_counter() - start < RACE_SECONDS:
+            for bucket, indices in train_crnn.shuffled_batches(buckets, sizes, train_crnn.BATCH_SIZE):
+                part = (time.perf_counter() - start) / RACE_SECONDS
+                if part >= 1:
+                    break
+                if name == "ours" and part > 1 - train_crnn.FROZEN_NORMS:
+                    model.norms.eval()
+                warm = train_crnn.WARM_UP
+                for optimizer, peak in zip(optimizers, peaks):
+                    optimizer.param_groups[0]["lr"] = peak * (part / warm if part < warm else
+                                                              (1 + math.cos(math.pi * (part - warm) / (1 - warm))) / 2)
+                step(net, optimizers, crnn.to_ink(bucket.pixels[indices]), bucket.targets[indices], bucket.lengths[indices])
+                seen += len(indices)
+        predictions = train_crnn.predict(model, charset, val) if name == "ours" else read_unpadded(model, charset, val)
+        exact = sum(a == b for a, b in zip(val.label, predictions)) / len(val)
+        results.append((f"race, {RACE_SECONDS} s each: {name}", f"{exact:.2%} of the val rows exact, {seen:,} pictures seen"))
+    return results
+
+
+@torch.inference_mode()
+def read_unpadded(model, charset, rows):
+    """Read one by one: the reference knows no padding, and beside wider lines would read its own worse."""
+    model.eval()
+    readings = []
+    for picture in rows.picture:
+        logits, frames = model(*crnn.pad_batch([torch.from_numpy(picture)]))
+        readings.append(crnn.greedy_decode(logits, frames, charset)[0].text)
+    return readings
+
+
+def drawn():
+    """The csv of the printed text and expressions that the parts train on; drawn where it is not there yet."""
+    csv = FOLDER / "data.csv"
+    if not csv.exists():
+        for name, value in dict(DATASETS_DIR=str(FOLDER), NUM_TRDG=NUM_TRDG, NUM_MATH=NUM_MATH, NUM_EMNIST=0, NUM_EMNIST_WORDS=0,
+                                NUM_HANDWRITING=0).items():
+            setattr(prepare_ocr_dataset, name, value)
+        prepare_ocr_dataset.main()
+    return csv
+
+
+def first_rows(number):
+    """A csv of a part of the drawn training rows, with a tenth as many val rows."""
+    rows = crnn.read_labels(drawn()).sample(frac=1, random_state=0)
+    path = FOLDER / f"data.{number}.csv"
+    crnn.write_labels(pd.concat([rows[rows.split == "train"].head(number), rows[rows.split == "val"].head(number // 10)]), path)
+    return path
+
+
+def train(name, processes=1, **constants):
+    """Train in a process of its own. Returns the last row of history.csv, minutes, and the peak memory in GB."""
+    folder = FOLDER / "models" / name
+    shutil.rmtree(folder, ignore_errors=True)
+    constants = dict(MODEL_PATH=str(folder / "crnn.pth"), MIN_STEPS=0, **constants)
+    script = Path(tempfile.mkdtemp()) / "run.py"
+    script.write_text(f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nimport train_crnn\nvars(train_crnn).update({constants!r})\n"
+                      "if __name__ == '__main__':\n    train_crnn.main()\n"
+                      "    import resource\n    print('peak GB', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6)\n")
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
+    start = time.perf_counter()
+    run = subprocess.run([sys.executable, *launcher, str(script)], stdout=subprocess.PIPE, text=True, encoding="utf-8", check=True)
+    minutes = (time.perf_counter() - start) / 60
+    (folder / "log.txt").write_text(run.stdout, encoding="utf-8")
+    return pd.read_csv(folder / "history.csv").iloc[-1], minutes, float(run.stdout.split("peak GB")[1])
+
+
+def target():
+    last, minutes, memory = train("target", DATA_CSV=str(drawn()), EPOCHS=TARGET_EPOCHS)
+    exact = ", ".join(f"{s.removeprefix('exact ')} {last[s]:.2%}" for s in last.index if s.startswith("exact"))
+    return [(f"target, from nothing, {TARGET_EPOCHS} epochs", f"val rows exact: {exact}; {minutes:.1f} min in all, {memory:.1f} GB at most")]
+
+
+def scaling():
+    rows = []
+    for factor in (1, 2, 4):
+        csv = first_rows(SCALING_ROWS * factor)
+        last, _, memory = train(f"scaling{factor}", DATA_CSV=str(csv), EPOCHS=1)
+        number = SCALING_ROWS * factor
+        rows.append((f"scaling, {number:,} training rows", f"{number / last.images_per_second:.0f} s an epoch, {memory:.2f} GB at most"))
+    return rows
+
+
+def processes():
+    csv, rows = first_rows(PROCESSES_ROWS), []
+    for number in (1, 2):
+        last, minutes, memory = train(f"processes{number}", processes=number, DATA_CSV=str(csv), EPOCHS=2)
+        rows.append((f"processes: {number}, two epochs of {PROCESSES_ROWS:,} rows",
+                     f"{last['exact all']:.2%} of the val rows exact, {minutes:.1f} min, {memory:.1f} GB at most in one process"))
+    return rows
+
+
+def draw_code(index, fonts):
+    """A five-character code over a noisy background, 200 x 50 pixels, as many websites draw them; no 0, O, 1 or I."""
+    random.seed(index)
+    code = "".join(random.choices("23456789ABCDEFGHJKLMNPQRSTUVWXYZ", k=5))
+    paper = [random.randint(170, 255) for _ in range(3)]
+    image = Image.effect_noise((200, 50), random.randint(20, 60)).convert("RGB")
+    image = Image.blend(image, Image.new("RGB", image.size, tuple(paper)), 0.6)
+    draw = ImageDraw.Draw(image)
+    for i, c in enumerate(code):
+        ink = tuple(random.randint(0, 110) for _ in range(3))
+        glyph = Image.new("L", (60, 60))
+        ImageDraw.Draw(glyph).text((30, 30), c, font=ImageFont.truetype(random.choice(fonts), random.randint(28, 38)), fill=255, anchor="mm")
+        glyph = glyph.rotate(random.uniform(-20, 20), Image.Resampling.BICUBIC)
+        image.paste(ink, (6 + i * 36 + random.randint(-5, 5), random.randint(-9, 0)), glyph)
+    for _ in range(random.randint(2, 5)):
+        draw.line([(random.randint(0, 200), random.randint(0, 50)) for _ in range(2)], fill=tuple(random.randint(0, 150) for _ in range(3)), width=1)
+    for _ in range(150):
+        draw.point((random.randint(0, 199), random.randint(0, 49)), fill=tuple(random.randint(0, 200) for _ in range(3)))
+    return image.filter(ImageFilter.GaussianBlur(random.uniform(0, 0.7))), code
+
+
+def own():
+    """1,000 such codes in a csv of two columns, nothing tuned: 800 or so to train on, the others held out by the hash of the label."""
+    folder = FOLDER / "own"
+    folder.mkdir(parents=True, exist_ok=True)
+    fonts = sorted(str(p) for p in (ROOT / "myFonts" / "printed").glob("*-700.woff2"))
+    rows = []
+    for i in range(1000):
+        image, code = draw_code(i, fonts)
+        image.save(folder / f"{i:04}.png")
+        rows.append((f"{i:04}.png", code))
+    crnn.write_labels(pd.DataFrame(rows, columns=["image_path", "label"]), folder / "own.csv")
+    results = []
+    for name, start in (("from nothing", None), (f"starting from {OWN_START.name}", str(OWN_START))):
+        _, minutes, memory = train("own", DATA_CSV=str(folder / "own.csv"), INIT_WEIGHTS=start, MIN_STEPS=train_crnn.MIN_STEPS)
+        table = (FOLDER / "models" / "own" / "log.txt").read_text(encoding="utf-8").split("Test rows")[1].splitlines()
+        test = next(line for line in table if line.startswith("custom")).split()
+        results.append((f"own: 1,000 codes, {name}", f"{test[2]} of {test[1]} test rows exact, {minutes:.1f} min"))
+    return results
+
+
+def main():
+    parts = [speed, race, target, scaling, processes, own]
+    wanted = sys.argv[1:] or [part.__name__ for part in parts]
+    unknown = set(wanted) - {part.__name__ for part in parts}
+    if unknown:
+        raise SystemExit(f"no part {unknown.pop()!r}: choose among {' '.join(part.__name__ for part in parts)}")
+    table = []
+    for part in parts:
+        if part.__name__ in wanted:
+            table += part()
+    print(f"\ntorch {torch.__version__}, {torch.get_num_threads()} threads, arithmetic {train_crnn.arithmetic('cpu')}")
+    width = max(len(name) for name, _ in table)
+    for name, result in table:
+        print(f"{name:<{width}}  {result}")
+
+
+if __name__ == "__main__":
+    sys.stdout.reconfigure(encoding="utf-8")
+    main()
