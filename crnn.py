@@ -252,14 +252,15 @@ class CRNN(nn.Module):
 class Reading(NamedTuple):
     """What the network read in one picture. Confidences lie in [0, 1]."""
     text: str
-    confidence: float  # probability the network gives to exactly this text, all alignments together
+    confidence: float  # probability the network gives to exactly this text (and spaces at its ends), all alignments together
     characters: list  # one (character, confidence) per character of text
 
 
 def greedy_decode(logits, frames, charset):
-    """Best class per frame, repeats merged, blanks removed (Graves et al. 2006, best path decoding).
+    """Best class per frame, repeats merged, blanks removed (Graves et al. 2006, best path decoding), and spaces at both ends.
 
-    logits: (T, N, C); frames: (N,), only a line's own frames are read. Returns a list of N Readings.
+    logits: (T, N, C); frames: (N,), only a line's own frames are read. Returns a list of N Readings. A wide margin looks like
+    a space, and no label begins or ends with one.
     """
     log_probs = logits.detach().float().log_softmax(2).cpu()  # (T, N, C)
     best, classes = log_probs.max(2)  # both (T, N)
@@ -269,8 +270,13 @@ def greedy_decode(logits, frames, charset):
         runs = groupby(zip(line_classes[:count], line_best[:count]), key=lambda frame: frame[0])
         paths.append([(c, max(p for _, p in run)) for c, run in runs if c != BLANK])
     confidences = text_probability(log_probs, frames.cpu(), [[c for c, _ in path] for path in paths])
-    return [Reading(charset.decode([c for c, _ in path]), confidence, [(charset.decode([c]), p) for c, p in path])
-            for path, confidence in zip(paths, confidences)]
+    readings = []
+    for path, confidence in zip(paths, confidences):
+        text = charset.decode([c for c, _ in path])
+        start = len(text) - len(text.lstrip(" "))
+        text = text.strip(" ")
+        readings.append(Reading(text, confidence, [(c, p) for c, (_, p) in zip(text, path[start:])]))
+    return readings
 
 
 def text_probability(log_probs, frames, targets):

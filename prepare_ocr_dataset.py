@@ -59,7 +59,7 @@ EMNIST_PROBE_SECONDS = 20  # how long to look for the EMNIST server before going
 ALPHANUMERIC = string.digits + string.ascii_uppercase + string.ascii_lowercase  # EMNIST ByClass, in the order of its labels
 PRINTED, HAND = "printed", "handwriting"
 TRDG_BY_HAND = {"Pacifico.ttf", "Amatic-Bold.ttf", "AmaticSC-Regular.ttf", "FFF_Tusj.ttf"}  # of its fonts, those that imitate a hand
-LOOK_ALIKES = dict(O0=0.79, Il=0.72, **{"I|": 0.72, "l|": 0.72, "1l": 0.72, "1I": 0.72})  # and the overlap from which they are alike
+LOOK_ALIKES = {"O0": 0.5, "Il": 0.72, "I|": 0.72, "l|": 0.72, "1l": 0.72, "1I": 0.72}  # and the overlap from which they are alike
 TRDG_MISSING = "trdg is not installed: run pip install --no-deps trdg==1.8.0"
 FONTS = ()  # every usable Font; filled by main and, in each worker, by start_worker
 
@@ -158,22 +158,25 @@ def survey_font(path, charset):
     bottom = {c: font.getbbox(c, anchor="ls")[3] for c in "npgy"}  # below the baseline, in pixels
     if max(bottom["p"], bottom["g"], bottom["y"]) - bottom["n"] < 3:  # 3 of 40: none of them has a descender
         characters -= set(string.ascii_lowercase)
-    pairs = [pair for pair, limit in LOOK_ALIKES.items() if set(pair) <= characters and overlap(font, *pair) >= limit]
+    pairs = [pair for pair, limit in LOOK_ALIKES.items() if set(pair) <= characters and overlap(font, *pair) > limit]
     return font.getname()[0].split()[0].lower(), frozenset(characters), frozenset("".join(pairs))
 
 
 def overlap(font, a, b):
     """How much of two slightly blurred glyphs, set one on the other, is common: 1 for one and the same shape.
 
-    Around 0.75 lie I and l in most fonts without serifs, and also O and a slashed 0, which are well apart: the limits differ.
+    0 where only one of them has ink in its middle, as a slashed or dotted zero has. Around 0.75 lie I and l in most fonts
+    without serifs, around 0.5 a round O and a 0 that is a fifth narrower.
     """
     def glyph(c):
-        left, _, right, _ = font.getbbox(c, anchor="ls")
+        left, top, right, bottom = font.getbbox(c, anchor="ls")
         image = Image.new("L", (100, 100))
-        ImageDraw.Draw(image).text((50 - (left + right) / 2, 70), c, font=font, fill=255, anchor="ls")
+        ImageDraw.Draw(image).text((50 - (left + right) / 2, 50 - (top + bottom) / 2), c, font=font, fill=255, anchor="ls")
         return np.asarray(image.filter(ImageFilter.GaussianBlur(1.5)), dtype=np.float32)
 
     a, b = glyph(a), glyph(b)
+    if abs(a[46:54, 47:53].mean() - b[46:54, 47:53].mean()) > 60:  # of 255
+        return 0.0
     return float(np.minimum(a, b).sum() / np.maximum(a, b).sum())
 
 

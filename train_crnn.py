@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 from crnn import (BLANK, CRNN, HEIGHT, Charset, add_split, describe, format_score_table, frames_needed, gather, join_processes,
                   load_checkpoint, load_image, num_frames, rank, read_images, read_labels, save_checkpoint, save_tensors, score_table,
-                  to_ink, whole_file, world_size, write_labels)
+                  to_ink, whole_file, world_size)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Data and files
@@ -130,6 +130,10 @@ def read_rows(known_characters):
         rows = add_split(read_labels(DATA_CSV))
     except ValueError as error:
         raise SystemExit(str(error))
+    spaced = rows.label != rows.label.str.strip(" ")
+    if spaced.any():
+        rows["label"] = rows.label.str.strip(" ")
+        print(f"{spaced.sum():,} labels begin or end with a space, which no picture tells from its margin: they are learned without it")
     unknown_splits = sorted(set(rows.split) - {"train", "val", "test"})
     if unknown_splits:
         raise SystemExit(f"{DATA_CSV} has the split {unknown_splits[0]!r}: use train, val or test, or leave the column out")
@@ -182,18 +186,16 @@ def load_rows(rows, charset):
     on_disk = bool(sizes) and len(paths) * sum(sizes) / len(sizes) > MAX_MEMORY * 1e9
     if on_disk:
         print(f"the pictures take more than MAX_MEMORY = {MAX_MEMORY} GB: they go to a temporary file in {Path(MODEL_PATH).parent}")
-    scored = rows.split != "train"
-    if not (rows.split == "val").any():
-        print("no val rows: exact match is measured on training rows, which says little about unseen pictures")
-        scored |= np.arange(len(rows)) < 2000
     buckets, reasons, pictures = {}, [], []
-    for row, keep, picture in zip(rows.itertuples(), scored, load_pictures(paths)):
+    for row, picture in zip(rows.itertuples(), load_pictures(paths)):
         reason, particulars = reason_to_leave_out(row.label, picture, charset)
         reasons.append((reason, particulars))
-        pictures.append(picture if keep and not reason else None)
+        pictures.append(picture if row.split != "train" and not reason else None)
         if row.split == "train" and not reason:
             width = bucket_width(picture.shape[1])
-            buckets.setdefault(width, Bucket(width, on_disk)).add(picture, charset.encode(row.label))
+            if width not in buckets:
+                buckets[width] = Bucket(width, on_disk)
+            buckets[width].add(picture, charset.encode(row.label))
     for bucket in buckets.values():
         bucket.close()
     rows = rows.assign(reason=[r for r, _ in reasons], particulars=[p for _, p in reasons], picture=pictures)
@@ -202,6 +204,14 @@ def load_rows(rows, charset):
     if not ((everything.split == "train") & everything.reason.isna()).any():
         raise SystemExit(f"{DATA_CSV} leaves no row to train on: see the reasons above")
     return buckets, rows[rows.picture.notna()]
+
+
+def some_training_rows(buckets, charset, number=2_000):
+    """Training pictures with their labels in the form of val rows, for data that has none."""
+    print("no val rows: exact match is measured on training rows, which says little about unseen pictures")
+    rows = [(picture[0].numpy(), charset.decode(target[:length].tolist()), "train") for bucket in buckets.values()
+            for picture, target, length in zip(bucket.pixels[:number], bucket.targets, bucket.lengths)]
+    return pd.DataFrame(rows[:number], columns=["picture", "label", "source"])
 
 
 def report_data(rows, charset):
@@ -310,7 +320,9 @@ class Muon(torch.optim.Optimizer):
         for group in self.param_groups:
             updates = {}  # shape -> weights and their updates
             for weight in group["params"]:
-                average = self.state[weight].setdefault("average", torch.zeros_like(weight))
+                if not self.state[weight]:
+                    self.state[weight]["average"] = torch.zeros_like(weight)
+                average = self.state[weight]["average"]
                 average.lerp_(weight.grad, 1 - group["momentum"])
                 update = weight.grad.lerp(average, group["momentum"])  # Nesterov's look ahead
                 gates = 4 if update.ndim == 2 else 1
@@ -420,8 +432,8 @@ def train_epoch(net, optimizers, schedules, scaler, buckets, sizes, description)
             total, count = torch.zeros((), device=device), 0
             bar.set_postfix_str(f"loss {parts[-1]:.4f}", refresh=False)
             if parts[-1] != parts[-1]:
-                raise SystemExit("the loss is not a number any more: set lower learning rates, and RESUME = True to go on from the "
-                                 "last complete epoch")
+                raise SystemExit("the loss is not a number any more: set lower learning rates and train again; the best epoch so far, "
+                                 "where there is one, is in MODEL_PATH")
     bar.close()
     return parts
 
@@ -503,7 +515,8 @@ def load_state(expected, parts):
 def write_history(history, curves):
     """history.csv, a row per epoch, and training_curves.png. history: list of dicts, with the losses of parts of the epoch as a list."""
     folder = Path(MODEL_PATH).parent
-    write_labels(pd.DataFrame([{k: v for k, v in epoch.items() if k != "losses"} for epoch in history]), folder / "history.csv")
+    with whole_file(folder / "history.csv") as temporary:
+        pd.DataFrame(history).drop(columns="losses").to_csv(temporary, index=False, float_format="%.5g", lineterminator="\n")
     if not curves:
         return
     import matplotlib
@@ -519,9 +532,10 @@ def write_history(history, curves):
         for column in [c for c in history[-1] if c.startswith(measure)]:
             axes.plot(epochs, [100 * epoch[column] for epoch in history], marker="o", label=column.removeprefix(measure).strip())
         axes.set(title=title)
-        axes.legend()
+    figure.legend(*exact.get_legend_handles_labels(), loc="outside right center")
     for axes in (losses, exact, cer):
         axes.set(xlabel="epoch")
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
     with whole_file(folder / "training_curves.png") as temporary:
         figure.savefig(temporary, format="png", dpi=80)
@@ -549,9 +563,12 @@ def main():
     share = rows.iloc[np.argsort(rows.label.str.len(), kind="stable")[rank()::world_size()]] if world_size() > 1 else rows
     buckets, scored = load_rows(share, charset)
     val, test = (scored[scored.split == split] for split in ("val", "test"))
-    val = val if (rows.split == "val").any() else scored[scored.split == "train"]
+    if not sum(gather(len(val))):
+        val = some_training_rows(buckets, charset)
     sizes = common_sizes(buckets)
     batches = sum(-(-size // (BATCH_SIZE // world_size())) for size in sizes.values())
+    if not batches:
+        raise SystemExit(f"{len(rows)} rows are too few to be shared among {world_size()} processes: start fewer")
     epochs = max(EPOCHS, -(-MIN_STEPS // batches))
 
     model = CRNN(charset.num_classes, HEIGHT, CHANNELS, HIDDEN, DROPOUT)
@@ -560,8 +577,8 @@ def main():
     net = WithShortcut(model).to(device)
     optimizers, schedules = make_optimizers(net, epochs * batches)
     scaler = torch.amp.GradScaler(device.type, enabled=arithmetic(device.type) == torch.float16)
-    parts = dict(net=net, **{f"optimizer {i}": o for i, o in enumerate(optimizers)}, **{f"schedule {i}": s for i, s in enumerate(schedules)},
-                 scaler=scaler)
+    parts = dict(net=net, scaler=scaler, **{f"optimizer {i}": optimizer for i, optimizer in enumerate(optimizers)},
+                 **{f"schedule {i}": schedule for i, schedule in enumerate(schedules)})
     print(f"{sum(p.numel() for p in model.parameters()):,} weights, {epochs} epochs of {batches:,} batches on {device} in "
           f"{arithmetic(device.type)}" + f", {world_size()} processes" * (world_size() > 1))
 
@@ -614,9 +631,8 @@ def main():
                          f"before is whole{resume}")
     print(f"✅ Model saved to {MODEL_PATH}")
 
-    gather(None)  # the others wait until the last file is written
-    if (rows.split == "test").any():
-        best, charset, facts = load_checkpoint(MODEL_PATH, device)
+    if sum(gather(len(test))):
+        best, charset, facts = load_checkpoint(MODEL_PATH, device)  # the first process has written it before it came to gather
         print(f"\nTest rows, never trained on, read by epoch {facts['epoch']} (exact: no error in the line; folded: single characters, "
               f"look-alikes such as 0 O o counted as one)")
         print(format_score_table(score(best, charset, test)[2]))

@@ -1,7 +1,7 @@
-"""Measure what the README claims of training. By hand, on an idle machine; about an hour and a quarter for all parts on 2 cores.
+"""Measure what the README claims of training. By hand, on an idle machine; about an hour and a half for all parts on 2 cores.
 
     python tests/benchmark.py                      all parts, then one table
-    python tests/benchmark.py speed race           some of them: speed race target scaling processes own
+    python tests/benchmark.py speed race           some of them: speed target race recipe scaling processes own
 
 The pictures are drawn by prepare_ocr_dataset.py, once, into FOLDER. Every part trains from nothing but "own", which starts from
 OWN_START. Wall time, one run a figure unless the table says otherwise.
@@ -29,11 +29,12 @@ import train_crnn
 
 # ---------------------------------------------------------------------------------------------------------------------
 FOLDER = ROOT / "datasets" / "benchmark"  # pictures, csv files and models of the benchmark
-NUM_TRDG, NUM_MATH = 130_000, 50_000  # pictures drawn for it
-TARGET_EPOCHS = 2  # of the part "target"
-RACE_SECONDS = 300  # that each network of the part "race" is trained for
-SCALING_ROWS = 20_000  # of the part "scaling", and twice and four times as many
-PROCESSES_ROWS = 60_000  # of the part "processes", two epochs of them
+NUM_TRDG, NUM_MATH = 112_000, 45_000  # pictures drawn for it
+TARGET_EPOCHS = 3  # of the part "target"
+RACE_SECONDS = 180  # of wall time that each network of the part "race" is trained for
+RECIPE_SECONDS = 300  # of processor time for each variant of the part "recipe"
+SCALING_ROWS = 12_000  # of the part "scaling", and twice and four times as many
+PROCESSES_ROWS = 30_000  # of the part "processes", two epochs of them
 OWN_START = ROOT / "ocr_crnn_model" / "crnn.pth"  # the weights that the part "own" starts from
 REPEATS = 5  # of each timing of the part "speed"
 # ---------------------------------------------------------------------------------------------------------------------
@@ -121,32 +122,64 @@ def speed():
     return rows
 
 
-def race():
-    """Both networks trained for RACE_SECONDS on the same pictures, each with its one-cycle schedule by the clock."""
-    train_crnn.DATA_CSV, train_crnn.PRECISION = str(drawn()), None
+def train_by_clock(net, optimizers, buckets, seconds, clock):
+    """Train for so many seconds of a clock, with the one-cycle schedule of train_crnn.py by that clock. Returns the pictures seen."""
+    torch.manual_seed(0)
+    sizes, peaks, start, seen = train_crnn.common_sizes(buckets), [optimizer.defaults["lr"] for optimizer in optimizers], clock(), 0
+    while True:
+        for bucket, indices in train_crnn.shuffled_batches(buckets, sizes, train_crnn.BATCH_SIZE):
+            part, warm = (clock() - start) / seconds, train_crnn.WARM_UP
+            if part >= 1:
+                return seen
+            if isinstance(net, train_crnn.WithShortcut) and part > 1 - train_crnn.FROZEN_NORMS:
+                net.crnn.norms.eval()
+            for optimizer, peak in zip(optimizers, peaks):
+                optimizer.param_groups[0]["lr"] = peak * (0.04 + 0.96 * part / warm if part < warm else
+                                                          (1 + math.cos(math.pi * (part - warm) / (1 - warm))) / 2)
+            step(net, optimizers, crnn.to_ink(bucket.pixels[indices]), bucket.targets[indices], bucket.lengths[indices])
+            seen += len(indices)
+
+
+def load_drawn():
+    """Training buckets, some val rows and the charset of the drawn pictures."""
+    train_crnn.DATA_CSV = str(drawn())
     rows, charset = train_crnn.read_rows("")
     buckets, scored = train_crnn.load_rows(rows, charset)
-    sizes, val, results = train_crnn.common_sizes(buckets), scored[scored.split == "val"], []
+    return buckets, scored[scored.split == "val"].sample(3000, random_state=0), charset
+
+
+def share_exact(rows, predictions):
+    return f"{sum(a == b for a, b in zip(rows.label, predictions)) / len(rows):.2%} of {len(rows):,} val rows exact"
+
+
+def race():
+    """Both networks trained for RACE_SECONDS of wall time on the same pictures."""
+    buckets, val, charset = load_drawn()
+    rows = []
     for name, (net, optimizers) in contenders(charset.num_classes).items():
-        model, start, seen = net.crnn if name == "ours" else net.net, time.perf_counter(), 0
-        peaks = [optimizer.defaults["lr"] for optimizer in optimizers]
-        while time.perf_counter() - start < RACE_SECONDS:
-            for bucket, indices in train_crnn.shuffled_batches(buckets, sizes, train_crnn.BATCH_SIZE):
-                part = (time.perf_counter() - start) / RACE_SECONDS
-                if part >= 1:
-                    break
-                if name == "ours" and part > 1 - train_crnn.FROZEN_NORMS:
-                    model.norms.eval()
-                warm = train_crnn.WARM_UP
-                for optimizer, peak in zip(optimizers, peaks):
-                    optimizer.param_groups[0]["lr"] = peak * (part / warm if part < warm else
-                                                              (1 + math.cos(math.pi * (part - warm) / (1 - warm))) / 2)
-                step(net, optimizers, crnn.to_ink(bucket.pixels[indices]), bucket.targets[indices], bucket.lengths[indices])
-                seen += len(indices)
-        predictions = train_crnn.predict(model, charset, val) if name == "ours" else read_unpadded(model, charset, val)
-        exact = sum(a == b for a, b in zip(val.label, predictions)) / len(val)
-        results.append((f"race, {RACE_SECONDS} s each: {name}", f"{exact:.2%} of the val rows exact, {seen:,} pictures seen"))
-    return results
+        seen = train_by_clock(net, optimizers, buckets, RACE_SECONDS, time.perf_counter)
+        predictions = train_crnn.predict(net.crnn, charset, val) if name == "ours" else read_unpadded(net.net, charset, val)
+        rows.append((f"race, {RACE_SECONDS} s each: {name}", f"{share_exact(val, predictions)}, {seen:,} pictures seen"))
+    return rows
+
+
+def recipe():
+    """What each part of the recipe pays: RECIPE_SECONDS of processor time with it and without."""
+    buckets, val, charset = load_drawn()
+    variants = {"as it is": {}, "float32": dict(PRECISION="float32"), "AdamW for all weights": {},
+                "without the shortcut head": dict(SHORTCUT_WEIGHT=0), "batches of 64": dict(BATCH_SIZE=64, MATRIX_LEARNING_RATE=1.4e-2),
+                "half the learning rate of Muon": dict(MATRIX_LEARNING_RATE=5e-3)}
+    defaults, rows = dict(vars(train_crnn)), []
+    for name, changes in variants.items():
+        vars(train_crnn).update(changes)
+        net, optimizers = contenders(charset.num_classes)["ours"]
+        if name.startswith("AdamW"):
+            optimizers = [torch.optim.AdamW(net.parameters(), train_crnn.LEARNING_RATE, weight_decay=train_crnn.WEIGHT_DECAY, fused=True)]
+        seen = train_by_clock(net, optimizers, buckets, RECIPE_SECONDS, time.process_time)
+        rows.append((f"recipe, {RECIPE_SECONDS} processor-seconds: {name}",
+                     f"{share_exact(val, train_crnn.predict(net.crnn, charset, val))}, {seen:,} pictures seen"))
+        vars(train_crnn).update({key: defaults[key] for key in changes})
+    return rows
 
 
 @torch.inference_mode()
@@ -183,7 +216,7 @@ def train(name, processes=1, **constants):
     """Train in a process of its own. Returns the last row of history.csv, minutes, and the peak memory in GB."""
     folder = FOLDER / "models" / name
     shutil.rmtree(folder, ignore_errors=True)
-    constants = dict(MODEL_PATH=str(folder / "crnn.pth"), MIN_STEPS=0, **constants)
+    constants = dict(dict(MIN_STEPS=0), MODEL_PATH=str(folder / "crnn.pth"), **constants)
     script = Path(tempfile.mkdtemp()) / "run.py"
     script.write_text(f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nimport train_crnn\nvars(train_crnn).update({constants!r})\n"
                       "if __name__ == '__main__':\n    train_crnn.main()\n"
@@ -263,7 +296,7 @@ def own():
 
 
 def main():
-    parts = [speed, race, target, scaling, processes, own]
+    parts = [speed, target, race, recipe, scaling, processes, own]
     wanted = sys.argv[1:] or [part.__name__ for part in parts]
     unknown = set(wanted) - {part.__name__ for part in parts}
     if unknown:
@@ -272,6 +305,7 @@ def main():
     for part in parts:
         if part.__name__ in wanted:
             table += part()
+            print(*table[-1], flush=True)  # a part takes minutes, and what is measured should not be lost
     print(f"\ntorch {torch.__version__}, {torch.get_num_threads()} threads, arithmetic {train_crnn.arithmetic('cpu')}")
     width = max(len(name) for name, _ in table)
     for name, result in table:

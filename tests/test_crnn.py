@@ -162,6 +162,15 @@ def test_greedy_decoding_table(path, text):
     assert [c for c, _ in reading.characters] == list(text) and all(p > 0.99 for _, p in reading.characters)
 
 
+@pytest.mark.parametrize("path, text", [(" a-b ", "ab"), ("  -a ", "a"), ("a- -b", "a b"), (" - - ", "")])
+def test_spaces_at_the_ends_are_margin(path, text):
+    logits = torch.full((len(path), 1, 4), -9.0)  # (T, N, C)
+    for t, c in enumerate(path):
+        logits[t, 0, "-ab ".index(c)] = 9
+    reading, = greedy_decode(logits, torch.tensor([len(path)]), Charset("ab "))
+    assert reading.text == text and "".join(c for c, _ in reading.characters) == text and reading.confidence > 0.99
+
+
 def test_confidence_is_the_probability_of_the_text():
     probabilities = torch.tensor([[0.3, 0.7], [0.4, 0.6]])  # two frames of blank, "a"
     reading, = greedy_decode(probabilities.log()[:, None], torch.tensor([2]), Charset("a"))

@@ -212,6 +212,13 @@ def test_batches_cover_an_epoch_once(train, own_csv, monkeypatch):
     assert max(len(indices) for _, indices in batches) == 3 and len(seen) + len(scored) == len(read_labels(own_csv))
 
 
+def test_spaces_at_the_ends_of_labels_are_not_learned(train, tmp_path, capsys):
+    write_csv(tmp_path / "datasets", [" cat", "a dog ", "up"], split="train")
+    rows, charset = train.read_rows("")
+    assert list(rows.label) == ["cat", "a dog", "up"] and " " in charset.characters
+    assert "2 labels begin or end with a space" in capsys.readouterr().out
+
+
 def test_few_pictures_get_more_epochs(train, own_csv, monkeypatch, capsys):
     monkeypatch.setattr(train, "DATA_CSV", str(own_csv))
     monkeypatch.setattr(train, "MIN_STEPS", 10)
