@@ -197,7 +197,7 @@ class CRNN(nn.Module):
     and beside wider ones.
     """
 
-    def __init__(self, num_classes, height=HEIGHT, channels=(32, 64, 128, 192), hidden=192, dropout=0.1):
+    def __init__(self, num_classes, height=HEIGHT, channels=(32, 64, 96, 192), hidden=192, dropout=0.1):
         super().__init__()
         if height % 8:
             raise ValueError(f"height {height} is not a multiple of 8")
@@ -319,6 +319,11 @@ def world_size():
 def rank():
     """Which of them this is, from 0."""
     return int(os.environ.get("RANK", 0)) if world_size() > 1 else 0
+
+
+def workers_per_process(number):
+    """How many of so many worker processes to a machine each process that torchrun started on it may have."""
+    return number // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
 def join_processes(backend="gloo"):

@@ -3,12 +3,15 @@
     python prepare_ocr_dataset.py
     torchrun --nnodes=10 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 prepare_ocr_dataset.py     on ten machines that share the folder
 
-Five sources, each a folder: trdg_custom (printed text through TRDG), synthetic_math (expressions), emnist_images (single
-handwritten characters), emnist_words (strings composed of them), handwriting (text in handwriting fonts). The constants
-below are yours to edit. The same constants draw the same files, byte for byte, whatever the number of workers and machines.
+Six sources, each a folder: trdg_custom (printed text through TRDG), synthetic_math (expressions), emnist_images (single
+handwritten characters), emnist_words (strings composed of them), emnist_math (expressions, likewise), handwriting (text in
+handwriting fonts). A seventh, custom, is what you put into datasets/custom/ beside a labels.csv with image_path,label.
+The constants below are yours to edit. The same constants draw the same files, byte for byte, whatever the number of workers
+and machines. Run again, the script draws only what is not there yet, or what other constants have drawn.
 """
 import contextlib
 import hashlib
+import json
 import multiprocessing
 import os
 import random
@@ -20,12 +23,13 @@ import threading
 import time
 import urllib.request
 import zlib
+from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from functools import cache, lru_cache, partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import NamedTuple
+from typing import Callable, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter, ImageFont, ImageOps
@@ -33,16 +37,18 @@ from tqdm import tqdm
 
 # ---------------------------------------------------------------------------------------------------------------------
 # How many pictures of each source; 0 leaves it out. One in 20 is kept for validation and one for the test.
-NUM_TRDG = 34_000  # printed text
-NUM_MATH = 14_000  # expressions
-NUM_EMNIST = 45_000  # single handwritten characters, as many as the EMNIST files hold at most
-NUM_EMNIST_WORDS = 22_000  # strings composed of EMNIST characters
+NUM_TRDG = 38_000  # printed text
+NUM_MATH = 12_000  # printed expressions
+NUM_EMNIST = 40_000  # single handwritten characters, as many as the EMNIST files hold at most
+NUM_EMNIST_WORDS = 24_000  # strings composed of EMNIST characters
+NUM_EMNIST_MATH = 6_000  # expressions composed of EMNIST characters and drawn operators
 NUM_HANDWRITING = 28_000  # text in handwriting fonts
 
 # What may be drawn
 CHARSET = ("".join(chr(i) for i in range(32, 127))  # printable ASCII, the space included
            + "×÷±√π≤≥≠")
 MAX_LENGTH = 28  # characters in a label
+STYLED = 0.6  # share of the pictures drawn in one of the STYLES below, as forms, receipts or photographs are; the others: plain
 HELD_OUT_FONTS = 0.12  # share of the font families that only validation and test rows are drawn in
 
 # Where
@@ -60,6 +66,7 @@ ALPHANUMERIC = string.digits + string.ascii_uppercase + string.ascii_lowercase  
 PRINTED, HAND = "printed", "handwriting"
 TRDG_BY_HAND = {"Pacifico.ttf", "Amatic-Bold.ttf", "AmaticSC-Regular.ttf", "FFF_Tusj.ttf"}  # of its fonts, those that imitate a hand
 LOOK_ALIKES = {"O0": 0.5, "Il": 0.72, "I|": 0.72, "l|": 0.72, "1l": 0.72, "1I": 0.72}  # and the overlap from which they are alike
+DRAWN_ONLY = {"dseg7": "0123456789-.: "}  # fonts that draw other characters as nobody would read them
 TRDG_MISSING = "trdg is not installed: run pip install --no-deps trdg==1.8.0"
 FONTS = ()  # every usable Font; filled by main and, in each worker, by start_worker
 
@@ -128,7 +135,8 @@ def find_fonts():
                 continue
             if trdgs_own in path.parents and not characters & set(string.ascii_lowercase):
                 continue  # BEBAS and the like, which draw capitals for it
-            if len(characters) < 26:
+            characters &= frozenset(DRAWN_ONLY.get(family, CHARSET))
+            if len(characters) < 26 and family not in DRAWN_ONLY:
                 notes.append(f"{path} is left out: it draws only {len(characters)} characters of the charset")
                 continue
             fonts.append(Font(str(path), kind, family, characters, doubtful, False))
@@ -201,17 +209,27 @@ def hold_out_families(fonts):
     return [font._replace(held_out=(font.kind, font.family) in held_out) for font in fonts]
 
 
-def pick_font(label, kind, split, alone):
+@cache
+def named(path, names):
+    """Whether a font file's name matches a regular expression."""
+    return bool(re.search(names, Path(path).name, re.IGNORECASE))
+
+
+def pick_font(label, kind, split, alone, names=""):
     """A font of a kind that draws every character of a label, or None; held-out ones for val and test.
 
     A family first and then one of its files, so that those with many weights are not seen more often. A label that stands
-    alone, with no word around its characters, gets no font in which one of them looks like another.
+    alone, with no word around its characters, gets no font in which one of them looks like another. Where there are any,
+    a font whose file name matches the regular expression names.
     """
     needed, held_out = frozenset(label), split != "train"
-    families = {}
+    families, matching = {}, {}
     for font in FONTS:
         if font.kind == kind and font.held_out == held_out and needed <= font.characters and not (alone and needed & font.doubtful):
             families.setdefault(font.family, []).append(font)
+            if names and named(font.path, names):
+                matching.setdefault(font.family, []).append(font)
+    families = matching or families
     return random.choice(random.choice(list(families.values()))) if families else None
 
 
@@ -283,23 +301,59 @@ def punctuated(split):
                   pattern.replace("{{", "{").replace("}}}", "}}"))
 
 
+@cache
+def letter_statistics():
+    """Which letters follow two others in the training words, as a dict of strings; a word begins and ends with a space."""
+    following = {}
+    for word in words("train")[::5]:
+        if word.isalpha():
+            word = f"  {word.lower()} "
+            for i in range(len(word) - 2):
+                following.setdefault(word[i:i + 2], []).append(word[i + 2])
+    return {pair: "".join(letters) for pair, letters in following.items()}
+
+
+def made_up_word(split):
+    """A word of English letter statistics that belongs to a split, such as most names are to those who read them first."""
+    while True:
+        word = "  "
+        while len(word) < 14 and not (len(word) > 2 and word[-1] == " "):
+            word += random.choice(letter_statistics()[word[-2:]])
+        word = word.strip()
+        if len(word) > 2 and word_split(word) == split:
+            return random_case(word)
+
+
+def word_with_look_alikes(split):
+    """Of a few words, the one with the most doubled letters and pairs that run into another letter: rn as m, cl as d, vv as w."""
+    return random_case(max(random.choices(words(split), k=12), key=lambda w: len(re.findall(r"(.)\1|rn|cl|vv|nn|ii|li|il|ri|m|w", w.lower()))))
+
+
+def random_look_alikes():
+    """A string of characters that are easily taken for one another."""
+    return random_string(random.choice(["O0Q", "Il1|", "1lI7", "S5s", "Z2z", "B8", "G6C", "q9g", "uvUV", "cCeo", "O0Il1", "5S8B6G", ".,", ":;i", "-~=", "({[", ")}]", "kKxX", "wWvV", "0123456789", "mnrnh"]), 2, 6)
+
+
 def random_single():
     pool = weighted(letters=6, digits=2, signs=3)
     return random.choice({"letters": string.ascii_letters, "digits": string.digits, "signs": string.punctuation}[pool])
 
 
-def random_text(split, by_hand=False):
-    """One label made of the words of a split, and whether it stands alone, with no word around its characters.
+PRINTED_TEXTS = dict(words=30, made_up=9, doubled=5, punctuated=15, number=15, code=8, string=7, single=8, look_alikes=3)
+HAND_TEXTS = dict(words=36, made_up=6, doubled=4, punctuated=13, number=13, math=12, code=5, string=4, single=7)
+STANDING_ALONE = {"code", "string", "mixed", "single", "look_alikes"}  # kinds of text with no word around their characters
 
-    By hand, people write more words and fewer codes and odd strings, and expressions, which print has a source of its own for.
-    """
-    kind = weighted(words=42, punctuated=14, number=14, math=12, code=5, string=5, single=8) if by_hand else \
-        weighted(words=38, punctuated=16, number=16, code=10, string=11, single=9)
-    draw = {"words": lambda: " ".join(random_word(split) for _ in range(random.choices((1, 2, 3), (6, 3, 1))[0])),
-            "punctuated": lambda: punctuated(split), "number": random_number, "math": random_math, "code": random_code,
+
+def random_text(split, kinds):
+    """One label made of the words of a split, and whether it stands alone. kinds: their names and weights."""
+    kind = weighted(**kinds)
+    draw = {"words": lambda: " ".join(random_word(split) for _ in range(random.choices((1, 2, 3), (5, 3, 2))[0])),
+            "made_up": lambda: " ".join(made_up_word(split) for _ in range(random.choices((1, 2), (3, 1))[0])),
+            "doubled": lambda: word_with_look_alikes(split), "punctuated": lambda: punctuated(split), "number": random_number,
+            "math": random_math, "code": random_code, "look_alikes": random_look_alikes, "single": random_single,
             "string": lambda: random_string(string.ascii_letters + string.digits + string.punctuation, 1, 12),
-            "single": random_single}
-    return draw[kind](), kind in ("code", "string", "single")
+            "letters": lambda: "".join(re.findall("[A-Za-z]", random_word(split))), "mixed": lambda: random_string(ALPHANUMERIC, 2, 7)}
+    return draw[kind](), kind in STANDING_ALONE
 
 
 def random_math():
@@ -327,7 +381,311 @@ def random_math():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Styles. Each takes a line's ink, float32 (H, W), 0 = paper and 1 = ink, and gives the picture, uint8 (H, W), as it would look in
+# the real world. Sizes in them are parts of the height H.
+
+def cv2():
+    """OpenCV, which trdg brings along; imported where it is needed, so that this script is imported quickly."""
+    import cv2
+    return cv2
+
+
+def chance(share):
+    return random.random() < share
+
+
+def randoms():
+    """A generator of arrays, seeded by the sample's own."""
+    return np.random.default_rng(random.getrandbits(63))
+
+
+def ink_of(image):
+    """A grey picture, black on white, as ink."""
+    return 1 - np.asarray(image, dtype=np.float32) / 255
+
+
+def tones(ink, dark, light, noise=0.0):
+    """Ink of a tone on paper of another, both from 0 to 255, numbers or arrays (H, W), as a picture; noise: standard deviation."""
+    grey = light + ink * (dark - light)
+    if noise:
+        grey = grey + noise * randoms().standard_normal(ink.shape, dtype=np.float32)
+    return grey.clip(0, 255).round().astype(np.uint8)
+
+
+def slow_field(shape, patches):
+    """Random values from 0 to 1, float32 (H, W), that change slowly: about so many times over the height."""
+    rows = max(2, round(patches) + 1)
+    small = randoms().random((rows, max(2, round(patches * shape[1] / shape[0]) + 1)), dtype=np.float32)
+    return cv2().resize(small, shape[::-1], interpolation=cv2().INTER_CUBIC).clip(0, 1)
+
+
+def with_margins(ink, top=0.0, right=0.0, bottom=0.0, left=0.0):
+    """Ink with more paper around it, in parts of its height."""
+    h = ink.shape[0]
+    return np.pad(ink, ((round(top * h), round(bottom * h)), (round(left * h), round(right * h))))
+
+
+def random_box(ink, most):
+    """Ink with up to so much more paper on each side, in parts of its height."""
+    return with_margins(ink, *(random.uniform(0, most) for _ in range(4)))
+
+
+def ink_rows(ink):
+    """The first and the last row with ink in it."""
+    rows = np.flatnonzero(ink.max(1) > 0.3)
+    return int(rows[0]), int(rows[-1])
+
+
+def enlarged_from(ink, height):
+    """Ink as it comes from a scan of so few rows, at its former size, with one of the usual interpolations."""
+    h, w = ink.shape
+    small = cv2().resize(ink, (max(4, round(w * height / h)), height), interpolation=cv2().INTER_AREA)
+    how = random.choice([cv2().INTER_NEAREST, cv2().INTER_LINEAR, cv2().INTER_CUBIC])
+    return cv2().resize(small, (w, h), interpolation=how).clip(0, 1)
+
+
+def compressed(picture, worst=20):
+    """The picture after JPEG compression at a random quality."""
+    ok, data = cv2().imencode(".jpg", picture, [cv2().IMWRITE_JPEG_QUALITY, random.randint(worst, 75)])
+    return cv2().imdecode(data, cv2().IMREAD_GRAYSCALE)
+
+
+def strokes(shape, lines, thickness):
+    """Straight lines from (x, y) to (x, y), in pixels, as ink of a shape."""
+    mask = np.zeros(shape, np.uint8)
+    for a, b in lines:
+        cv2().line(mask, tuple(map(round, a)), tuple(map(round, b)), 255, thickness, cv2().LINE_AA)
+    return mask.astype(np.float32) / 255
+
+
+def form(ink):
+    """On a printed form: underlined, in a box or between rules, with the lines above and below coming into the picture."""
+    ink = random_box(ink, 0.25)
+    h, w = ink.shape
+    top, bottom = ink_rows(ink)
+    page = ink.copy()
+    for side, room in ((0, top - 2), (1, h - bottom - 3)):  # neighbours' strokes, on paper that is free of our own
+        if room > 1 and chance(0.4):
+            part = random.randint(1, min(room, h // 7))
+            other = np.roll(ink[top:bottom + 1], random.randint(0, w), 1)
+            if side == 0:
+                page[:part] = np.maximum(page[:part], other[-part:])
+            else:
+                page[-part:] = np.maximum(page[-part:], other[:part])
+    low, high = bottom + random.uniform(-0.12, 0.12) * h, top - random.uniform(0.03, 0.2) * h
+    left, right = (random.uniform(-0.1, 0.1) * h for _ in range(2))
+    tilt = random.uniform(-0.02, 0.02) * h
+    below, above = ((0, low), (w, low + tilt)), ((0, high), (w, high + tilt))
+    sides = [((left, 0), (left, h)), ((w - 1 - right, 0), (w - 1 - right, h))]
+    lines = random.choice([[below], [below], [above, below], [above, below, *sides], [above, below, sides[0]]])
+    ruled = strokes((h, w), lines, random.choice([1, 1, 2]))
+    if lines == [below] and chance(0.3):  # a dotted line to write on
+        ruled *= np.arange(w) % 6 < 3
+    return tones(np.maximum(page, ruled * random.uniform(0.4, 1)), random.randint(0, 80), random.randint(215, 255), random.choice([0, 2, 5]))
+
+
+def on_cells(ink, edges):
+    """In the fields of a form, one character in each. edges: where the fields begin and end, columns of pixels."""
+    h, w = ink.shape
+    top, bottom = random.uniform(0, 0.08) * h, h - 1 - random.uniform(0, 0.08) * h
+    start = {"boxes": top, "comb": bottom - random.uniform(0.1, 0.35) * h}[weighted(boxes=2, comb=1)]
+    lines = [((x, start), (x, bottom)) for x in edges] + [((edges[0], bottom), (edges[-1], bottom))]
+    if start == top:
+        lines.append(((edges[0], top), (edges[-1], top)))
+    ruled = strokes((h, w), lines, random.choice([1, 1, 2])) * random.uniform(0.3, 1)
+    cut = random.randint(0, 3)  # how the fields are cut out of the form
+    page = random_box(np.maximum(ink, ruled)[cut:h - cut, cut:w - cut], 0.12)
+    return tones(page, random.randint(0, 90), random.randint(210, 255), random.choice([0, 2, 5]))
+
+
+def typewriter(ink):
+    """Struck letter by letter: none quite on the line, some faint, some twice, the ribbon's weave in their edges."""
+    h, w = ink.shape
+    letter = np.cumsum(np.diff(ink.max(0) > 0.2, prepend=False).clip(0) * (ink.max(0) > 0.2))  # which letter a column belongs to
+    jitter, weight = randoms().integers(-1, 2, w + 1), randoms().uniform(0.55, 1, w + 1).astype(np.float32)
+    for n in range(1, int(letter[-1]) + 1):
+        columns = letter == n
+        ink[:, columns] = np.roll(ink[:, columns], jitter[n] * max(1, h // 40), 0) * weight[n]
+    if chance(0.2):
+        ink = np.maximum(ink, 0.5 * np.roll(ink, 1, 1))
+    soft = cv2().GaussianBlur(ink, (0, 0), random.uniform(0.5, 0.9))
+    worn = ((soft - 0.35 * slow_field(ink.shape, 14)) * 1.6).clip(0, 1)
+    return tones(worn, random.randint(10, 90), random.randint(200, 250), random.choice([2, 4, 8]))
+
+
+def dot_matrix(ink):
+    """Of needles or lamps: one dot per cell of a coarse grid."""
+    rows, pitch = random.randint(15, 19), random.choice([3, 4])
+    cells = cv2().resize(ink, (max(4, round(ink.shape[1] * rows / ink.shape[0])), rows), interpolation=cv2().INTER_AREA)
+    place = np.linspace(-1, 1, pitch + 1)[:-1] + 1 / pitch
+    dot = (random.uniform(1.15, 1.6) - np.hypot(*np.meshgrid(place, place))).clip(0, 1).astype(np.float32)
+    on = cv2().resize((cells > 0.33).astype(np.float32), None, fx=pitch, fy=pitch, interpolation=cv2().INTER_NEAREST)
+    page = on * np.tile(dot, cells.shape) * (0.7 + 0.3 * slow_field(on.shape, 3))
+    return label(page) if chance(0.25) else tones(page, random.randint(10, 110), random.randint(205, 255), random.choice([0, 3, 6]))
+
+
+def receipt(ink):
+    """From a thermal printer: faint, coarse, its strokes broken by dead dots and uneven heat."""
+    h, w = ink.shape
+    ink = ink * (0.6 + 0.6 * slow_field(ink.shape, 2)).clip(0, 1)
+    rows, columns = randoms().random((h, 1), dtype=np.float32), randoms().random((1, w), dtype=np.float32)
+    ink = ink * np.where(rows < random.uniform(0, 0.15), random.uniform(0.2, 0.8), 1) * np.where(columns < 0.02, 0.3, 1)
+    ink = enlarged_from(ink, random.randint(15, 24))
+    return tones(ink, random.randint(40, 150), random.randint(215, 250), random.choice([0, 3, 6]))
+
+
+def label(ink):
+    """A label, plate or display: heavy, framed, dark on coloured or light on dark."""
+    if chance(0.3):
+        ink = cv2().dilate(ink, np.ones((2, 2), np.uint8))
+    ink = random_box(ink, 0.3)
+    h, w = ink.shape
+    if chance(0.35):
+        inset, corners = random.uniform(0, 0.06) * h, [(0, 0), (1, 0), (1, 1), (0, 1), (0, 0)]
+        corners = [(inset + x * (w - 1 - 2 * inset), inset + y * (h - 1 - 2 * inset)) for x, y in corners]
+        ink = np.maximum(ink, strokes((h, w), list(zip(corners, corners[1:])), random.choice([1, 2, 3])))
+    dark, light = sorted((random.randint(0, 140), random.randint(110, 255)))
+    light = max(light, dark + 70)
+    return tones(ink, *random.choice([(dark, light), (light, dark)]), random.choice([0, 2, 5]))
+
+
+def photograph(ink):
+    """By phone: at an angle, out of focus or shaken, in uneven light, compressed."""
+    ink = random_box(with_margins(ink, 0.08, 0.08, 0.08, 0.08), 0.25)
+    h, w = ink.shape
+    corners = np.float32([(0, 0), (w, 0), (w, h), (0, h)])
+    moved = corners + randoms().uniform(-0.07, 0.07, (4, 2)).astype(np.float32) * h
+    ink = cv2().warpPerspective(ink, cv2().getPerspectiveTransform(corners, moved), (w, h))
+    if chance(0.5):
+        length = random.randint(2, max(2, h // 14))
+        kernel = np.zeros((2 * length + 1,) * 2, np.float32)
+        angle = random.uniform(0, np.pi)
+        reach = np.array([np.cos(angle), np.sin(angle)]) * length / 2
+        cv2().line(kernel, tuple(np.round(length - reach).astype(int).tolist()), tuple(np.round(length + reach).astype(int).tolist()), 1)
+        ink = cv2().filter2D(ink, -1, kernel / kernel.sum())
+    else:
+        ink = cv2().GaussianBlur(ink, (0, 0), random.uniform(0.4, h / 30))
+    light = random.randint(140, 250) * (1 - random.uniform(0, 0.5) * slow_field(ink.shape, random.uniform(0.3, 1.2)))
+    return compressed(tones(ink, light * random.uniform(0.05, 0.5), light, random.choice([2, 5, 9])))
+
+
+def low_resolution(ink):
+    """Cut out of a picture in which the line is small, and enlarged."""
+    picture = tones(enlarged_from(ink, random.randint(11, 18)), random.randint(0, 100), random.randint(190, 255), random.choice([0, 3]))
+    return compressed(picture, 30) if chance(0.5) else picture
+
+
+def margins(ink):
+    """Cut at the ink, or with wide margins."""
+    if chance(0.4):
+        top, bottom = ink_rows(ink)
+        ink = with_margins(ink[top:bottom + 1], *(random.uniform(0.01, 0.06) for _ in range(4)))
+    else:
+        ink = with_margins(ink, *(random.uniform(0.1, 0.6) for _ in range(4)))
+    return tones(ink, random.randint(0, 110), random.randint(190, 255), random.choice([0, 2, 6]))
+
+
+def pen(ink):
+    """By pen: pressure that varies along the line."""
+    thin, thick = (change(ink, np.ones((2, 2), np.uint8)) for change in (cv2().erode, cv2().dilate))
+    pressure = slow_field(ink.shape, 4) * random.uniform(0.3, 1)
+    ink = np.where(pressure < 0.35, 0.4 * ink + 0.6 * thin, ink + (pressure - 0.35) * (thick - ink))
+    return tones(ink, random.randint(0, 120), random.randint(205, 255), random.choice([0, 3, 6]))
+
+
+def pencil(ink):
+    """By pencil: grey, and only where the paper's grain takes it."""
+    grain = randoms().random(ink.shape, dtype=np.float32)
+    ink = ink * (1 - random.uniform(0.3, 0.7) * grain) * (0.65 + 0.35 * slow_field(ink.shape, 4))
+    return tones(ink, random.randint(70, 150), random.randint(215, 250), random.choice([2, 4, 6]))
+
+
+def marker(ink):
+    """By felt pen: broad, its corners round."""
+    size = max(2, round(ink.shape[0] * random.uniform(0.04, 0.08)))
+    ink = cv2().dilate(ink, cv2().getStructuringElement(cv2().MORPH_ELLIPSE, (size, size)))
+    ink = cv2().GaussianBlur(ink, (0, 0), random.uniform(0.5, 1)) * (0.8 + 0.2 * slow_field(ink.shape, 5))
+    return tones(ink, random.randint(0, 100), random.randint(200, 255), random.choice([0, 3, 6]))
+
+
+def ruled(ink):
+    """On ruled or squared paper."""
+    ink = random_box(ink, 0.3)
+    h, w = ink.shape
+    pitch, place, tilt = random.uniform(0.3, 0.9) * h, random.uniform(0, 1) * h, random.uniform(-0.03, 0.03) * h
+    lines = [((0, y), (w, y + tilt)) for y in np.arange(place % pitch, h, pitch)]
+    if chance(0.35):
+        lines += [((x, 0), (x - tilt, h)) for x in np.arange(random.uniform(0, pitch), w, pitch)]
+    page = np.maximum(ink, strokes((h, w), lines, random.choice([1, 1, 2])) * random.uniform(0.15, 0.6))
+    return tones(page, random.randint(0, 110), random.randint(205, 255), random.choice([0, 3, 6]))
+
+
+class Style(NamedTuple):
+    weight: float  # how often, against the others of its kind
+    finish: Callable | None = None  # one of the functions above
+    texts: dict | None = None  # kinds of text and their weights, see random_text; None: those of its kind
+    fonts: str = ""  # regular expression that the names of its font files match, where there are any
+    cells: bool = False  # every character in a field of its own: finish is given the ink and the columns of their edges
+
+
+MONO, NARROW = "mono|coding|cousine|special|inconsolata|cascadia|code", "condensed|narrow|mono|oswald|teko|league|abel|dosis"
+FIELDS = dict(code=4, number=4, words=3, letters=2, single=4)
+NUMBERS = dict(number=8, words=4, code=3, punctuated=3)
+STYLES = {
+    PRINTED: {
+        "form": Style(3, form), "fields": Style(1.5, on_cells, FIELDS, cells=True), "typewriter": Style(1, typewriter, fonts=MONO),
+        "dot matrix": Style(1, dot_matrix, NUMBERS, fonts=f"{MONO}|vt323|dot|pixel|press|silk|tiny"),
+        "receipt": Style(2, receipt, NUMBERS, fonts=NARROW), "photograph": Style(3, photograph), "margins": Style(2, margins),
+        "label": Style(2, label, dict(code=6, number=3, words=5, punctuated=1, single=1)), "low resolution": Style(2, low_resolution),
+    },
+    HAND: {
+        "pen": Style(3, pen), "pencil": Style(2, pencil), "marker": Style(1.5, marker), "ruled": Style(3, ruled), "form": Style(1.5, form),
+        "fields": Style(2, on_cells, FIELDS, cells=True), "photograph": Style(2, photograph), "margins": Style(1, margins),
+    },
+}
+PLAIN = Style(0)
+
+
+def pick_style(kind, cells=True):
+    """The name of a style of a kind, and the Style; PLAIN for all but STYLED of the pictures."""
+    styles = {name: style for name, style in STYLES[kind].items() if cells or not style.cells}
+    if not chance(STYLED):
+        return "plain", PLAIN
+    name = random.choices(list(styles), [style.weight for style in styles.values()])[0]
+    return name, styles[name]
+
+
+def in_cells(text, draw, height):
+    """Characters side by side in fields of one width. draw(c): ink (height, w). Returns ink (H, W) and the fields' edges, in pixels."""
+    glyphs = [draw(c) for c in text]
+    pitch = round(max(max(glyph.shape[1] for glyph in glyphs) * random.uniform(1.05, 1.4), height * random.uniform(0.4, 0.9))) + 2
+    ink = np.zeros((round(height * random.uniform(1.05, 1.4)), pitch * len(text) + 1), np.float32)
+    edges = [pitch * i for i in range(len(text) + 1)]
+    y = random.randint(0, ink.shape[0] - height)
+    for glyph, edge in zip(glyphs, edges):
+        room = pitch - glyph.shape[1]
+        x = edge + round(room * random.uniform(0.35, 0.65))
+        up = max(0, min(ink.shape[0] - height, y + random.randint(-height // 20, height // 20)))
+        ink[up:up + height, x:x + glyph.shape[1]] = glyph
+    return ink, edges
+
+
+def typed(character, face):
+    """A character as ink (line height, its own width)."""
+    left, _, right, _ = face.getbbox(character)
+    image = Image.new("L", (max(1, right - left), sum(face.getmetrics())))
+    ImageDraw.Draw(image).text((-left, 0), character, font=face, fill=255)
+    return np.asarray(image, dtype=np.float32) / 255
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # TRDG
+
+@lru_cache(maxsize=4096)
+def typeface(font, size):
+    """A font file at a size in pixels. TRDG calls it by these names."""
+    return ImageFont.truetype(font, size, layout_engine=ImageFont.Layout.BASIC)
+
 
 @cache
 def trdg_generator():
@@ -335,7 +693,7 @@ def trdg_generator():
 
     TRDG 1.8.0 asks fonts for getsize, which Pillow removed (its issues 315 and 343). Here the height of a line is the
     font's own line box instead, so that a comma stays low and a quote high. It also reads the font file anew for every
-    picture and shapes every character twice; a cache and the basic layout change no picture of Latin text but its kerning.
+    picture and shapes every character twice; typeface's cache and basic layout change no picture of Latin text but its kerning.
     """
     try:
         with contextlib.redirect_stdout(None):  # it prints that its handwriting network, not used here, lacks modules
@@ -343,19 +701,18 @@ def trdg_generator():
             from trdg.generators import GeneratorFromStrings
     except ImportError as error:
         raise SystemExit(f"{TRDG_MISSING} ({error})")
-    load = lru_cache(maxsize=4096)(partial(ImageFont.truetype, layout_engine=ImageFont.Layout.BASIC))
-    computer_text_generator.ImageFont = SimpleNamespace(truetype=load)
+    computer_text_generator.ImageFont = SimpleNamespace(truetype=typeface)
     computer_text_generator.get_text_height = lambda font, text: max(sum(font.getmetrics()), font.getbbox(text)[3])
     return GeneratorFromStrings
 
 
-def draw_line(text, font, alone=False):
+def draw_line(text, font, alone=False, plain=True):
     """A grey picture of text in a font, through TRDG, its margins cut at random. None when TRDG clipped or lost the ink.
 
-    TRDG's canvas ends where the last character's advance ends and cuts what reaches beyond; a space on either side
-    makes room for it.
+    plain: in TRDG's own looks; else black on white, for a style to go on with. TRDG's canvas ends where the last character's
+    advance ends and cuts what reaches beyond; a space on either side makes room for it.
     """
-    colour = random.choice(["#000000,#505050"] * 6 + ["#404040,#808080", "#000060,#4040A0", "#600000,#A04040"])
+    colour = random.choice(["#000000,#505050"] * 6 + ["#404040,#808080", "#000060,#4040A0", "#600000,#A04040"]) if plain else "#000000"
     height = random.randrange(24, 53, 2)  # of the line box, in pixels; even, so that the cache holds every font at every size
     wave = random.random() < 0.08 and height >= 36  # TRDG moves rows and columns by up to the root of the height
     image, mask = next(trdg_generator()(
@@ -363,13 +720,16 @@ def draw_line(text, font, alone=False):
         word_split=random.random() < 0.75, character_spacing=random.choice([0, 0, 1, 2, height // 12]),
         space_width=random.uniform(1, 1.7), skewing_angle=random.choice([0, 0, 1, 2, 3]), random_skew=True,
         distorsion_type=random.randint(1, 2) if wave else 0, distorsion_orientation=random.randint(0, 2),  # not 3: it tears strokes
-        background_type=random.choice([0, 1]), blur=random.choice([0, 0, 0.6, 1]), random_blur=True,
+        background_type=random.choice([0, 1]) if plain else 1, blur=random.choice([0, 0, 0.6, 1]) if plain else 0, random_blur=True,
         margins=(0, 0, 0, 0), output_mask=True))[0]
     box = mask.getbbox()  # not in grey: TRDG numbers the characters in the mask's blue, and the first are nearly black
     if box is None or box[0] < 2 or box[2] > mask.width - 2:
         return None
     left, top, right, bottom = random_margins(box, image.size, tight=not alone and len(text) > 2 and random.random() < 0.5)
-    return image.convert("L").crop((left, top, right, bottom))
+    image = image.convert("L").crop((left, top, right, bottom))
+    if random.random() < 0.3:  # condensed and extended
+        image = image.resize((max(4, round(image.width * random.uniform(0.75, 1.3))), image.height), Image.Resampling.BILINEAR)
+    return image
 
 
 def random_margins(box, size, tight):
@@ -386,10 +746,16 @@ def random_margins(box, size, tight):
     return left, top, right, bottom
 
 
-def draw_text(split, kind, text, alone=False):
-    """Draw a text in a random font of a kind. None when no font can show all its characters, or its ink was clipped."""
-    font = pick_font(text, kind, split, alone)
-    return font and draw_line(text, font, alone)
+def draw_text(split, kind, text, alone, style):
+    """Draw a text in a random font of a kind and in a style. None when no font can show all its characters, or its ink was clipped."""
+    font = pick_font(text, kind, split, alone, style.fonts)
+    if not font:
+        return None
+    if style.cells:
+        face = typeface(font.path, random.randrange(24, 45, 2))
+        return Image.fromarray(style.finish(*in_cells(text, lambda c: typed(c, face), sum(face.getmetrics()))))
+    image = draw_line(text, font, alone, plain=style.finish is None)
+    return Image.fromarray(style.finish(ink_of(image))) if image and style.finish else image
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -451,7 +817,7 @@ def emnist(datasets_dir, seed, split):
     order = np.random.default_rng(seed).permutation(len(images))
     if split != "test":
         order = order[(order % CYCLE == 0) == (split == "val")]
-    return images[order], labels[order]
+    return np.ascontiguousarray(images[order]), labels[order]
 
 
 @cache
@@ -469,52 +835,138 @@ def emnist_count(number):
     return number
 
 
+@cache
+def emnist_looks(datasets_dir, seed, split):
+    """Of every EMNIST character of a split: stroke width and height, in pixels, and slant, in columns per row, against its class. (n, 3)."""
+    images, labels = emnist(datasets_dir, seed, split)
+    looks = np.empty((len(images), 3), np.float32)
+    rows, columns = np.mgrid[:28, :28].astype(np.float32)
+    for start in range(0, len(images), 4096):
+        ink = (images[start:start + 4096] > 100).astype(np.float32)  # (n, 28, 28)
+        area = ink.sum((1, 2)).clip(1)
+        edge = np.abs(np.diff(ink, axis=1)).sum((1, 2)) + np.abs(np.diff(ink, axis=2)).sum((1, 2))  # perimeter
+        y, x = ((ink * place).sum((1, 2)) / area for place in (rows, columns))  # the centre
+        dy, dx = rows - y[:, None, None], columns - x[:, None, None]
+        slant = -(ink * dx * dy).sum((1, 2)) / (ink * dy * dy).sum((1, 2)).clip(1)
+        looks[start:start + 4096] = np.stack([2.5 * area / edge.clip(1), ink.max(2).sum(1), slant], 1)
+    for c in ALPHANUMERIC:  # an L leans to nobody's side
+        if (labels == c).any():
+            looks[labels == c, 2] -= np.median(looks[labels == c, 2])
+    return looks
+
+
+class Hand(NamedTuple):
+    """One person's way to write: all in parts of a capital's height, but the slant, in columns per row."""
+    capital: int  # height of a capital letter, in pixels
+    stroke: float
+    slant: float
+    looseness: float  # how much sizes, places and spaces vary
+    spacing: float  # between characters; below 0 they touch
+
+
+def random_hand():
+    return Hand(random.randint(20, 34), random.uniform(0.08, 0.2), random.gauss(0, 0.2), random.uniform(0.02, 0.1),
+                random.uniform(-0.1, 0.3))
+
+
 X_HEIGHT = dict.fromkeys("acemnorsuvwxz", 0.68)  # height against a capital's; EMNIST scales every character to one size
 DESCENT = dict(g=0.3, j=0.28, p=0.3, q=0.3, y=0.3)  # how far below the baseline, against a capital's height
+BAR, UPPER, LOWER = [(0, 0.56), (0.42, 0.56)], [(0, 0.46), (0.42, 0.46)], [(0, 0.68), (0.42, 0.68)]
+SIGNS = {  # what EMNIST lacks, as strokes through points (x, y): y is 0 at a capital's top and 1 at the baseline
+    "+": [BAR, [(0.21, 0.3), (0.21, 0.82)]], "-": [BAR], "=": [UPPER, LOWER], "≠": [UPPER, LOWER, [(0.34, 0.25), (0.08, 0.9)]],
+    "×": [[(0, 0.35), (0.42, 0.8)], [(0.42, 0.35), (0, 0.8)]], "÷": [BAR, [(0.2, 0.33), (0.22, 0.35)], [(0.2, 0.78), (0.22, 0.8)]],
+    "±": [UPPER, [(0.21, 0.22), (0.21, 0.7)], [(0, 0.86), (0.42, 0.86)]], "^": [[(0, 0.28), (0.18, 0), (0.36, 0.28)]],
+    "√": [[(0, 0.6), (0.1, 0.52), (0.24, 1), (0.44, -0.02), (0.85, -0.04)]], "_": [[(0, 1.12), (0.55, 1.12)]],
+    "π": [[(0, 0.44), (0.08, 0.36), (0.6, 0.36)], [(0.18, 0.38), (0.14, 1)], [(0.43, 0.38), (0.43, 0.92), (0.52, 0.98)]],
+    "<": [[(0.4, 0.3), (0, 0.58), (0.4, 0.86)]], ">": [[(0, 0.3), (0.4, 0.58), (0, 0.86)]],
+    "≤": [[(0.4, 0.22), (0, 0.46), (0.4, 0.7)], [(0, 0.9), (0.4, 0.9)]], "≥": [[(0, 0.22), (0.4, 0.46), (0, 0.7)], [(0, 0.9), (0.4, 0.9)]],
+    "(": [[(0.22, -0.06), (0.06, 0.22), (0, 0.5), (0.06, 0.82), (0.22, 1.1)]], ")": [[(0, -0.06), (0.16, 0.22), (0.22, 0.5), (0.16, 0.82), (0, 1.1)]],
+    "[": [[(0.2, 0), (0, 0), (0, 1.1), (0.2, 1.1)]], "]": [[(0, 0), (0.2, 0), (0.2, 1.1), (0, 1.1)]],
+    "{": [[(0.26, 0), (0.13, 0.06), (0.13, 0.44), (0, 0.54), (0.13, 0.64), (0.13, 1.04), (0.26, 1.1)]],
+    "}": [[(0, 0), (0.13, 0.06), (0.13, 0.44), (0.26, 0.54), (0.13, 0.64), (0.13, 1.04), (0, 1.1)]],
+    "/": [[(0.42, -0.05), (0, 1.08)]], "\\": [[(0, -0.05), (0.42, 1.08)]], "|": [[(0, -0.1), (0, 1.2)]],
+    ".": [[(0, 0.97), (0.02, 0.99)]], ",": [[(0.08, 0.93), (0.07, 1.05), (0, 1.2)]], ":": [[(0, 0.5), (0.02, 0.52)], [(0, 0.95), (0.02, 0.97)]],
+    ";": [[(0.06, 0.5), (0.08, 0.52)], [(0.08, 0.92), (0.07, 1.04), (0, 1.18)]], "!": [[(0.02, 0), (0, 0.7)], [(0, 0.96), (0.02, 0.98)]],
+    "?": [[(0, 0.18), (0.1, 0.02), (0.3, 0.02), (0.4, 0.18), (0.34, 0.36), (0.2, 0.5), (0.2, 0.7)], [(0.2, 0.96), (0.22, 0.98)]],
+    "'": [[(0.02, 0), (0, 0.24)]], '"': [[(0.02, 0), (0, 0.24)], [(0.18, 0), (0.16, 0.24)]], "*": [[(0.15, 0.05), (0.15, 0.45)], [(0, 0.13), (0.3, 0.38)], [(0.3, 0.13), (0, 0.38)]],
+    "%": [[(0.56, 0), (0.06, 1)], [(0.12, 0.04), (0, 0.2), (0.12, 0.38), (0.24, 0.2), (0.12, 0.04)], [(0.5, 0.62), (0.38, 0.78), (0.5, 0.96), (0.62, 0.78), (0.5, 0.62)]],
+    "#": [[(0.2, 0), (0.1, 1)], [(0.48, 0), (0.38, 1)], [(0, 0.33), (0.56, 0.33)], [(0, 0.67), (0.56, 0.67)]],
+    "$": [[(0.46, 0.14), (0.26, 0.04), (0.06, 0.16), (0.08, 0.36), (0.28, 0.5), (0.48, 0.66), (0.44, 0.88), (0.24, 0.97), (0.02, 0.84)], [(0.26, -0.1), (0.26, 1.1)]],
+}
+
+
+def sign(character, hand):
+    """A sign that EMNIST lacks, as one would write it. Returns a picture, white on black, and how far it reaches below the baseline, in pixels."""
+    scale, width = hand.capital * random.gauss(1, hand.looseness), max(2, round(2 * hand.stroke * hand.capital))
+    lines = [np.array(line) + randoms().normal(0, 0.025, (len(line), 2)) for line in SIGNS[character]]
+    for _ in range(2):  # corners rounded by Chaikin's cutting, https://doi.org/10.1016/0146-664X(74)90028-8
+        lines = [np.concatenate([line[:1], *((line[i] * 3 + line[i + 1], line[i] + line[i + 1] * 3) / np.float64(4) for i in range(len(line) - 1)), line[-1:]])
+                 for line in lines]
+    points = np.concatenate(lines)
+    corner, reach = points.min(0), points.max(0)
+    mask = np.zeros(tuple(int(v) for v in np.ceil((reach - corner) * 2 * scale + 2 * width)[::-1] // 2 * 2 + 2), np.uint8)  # at twice the size
+    for line in lines:
+        cv2().polylines(mask, [np.round((line - corner) * 2 * scale + width).astype(np.int32)], False, 255, width, cv2().LINE_AA)
+    mask = cv2().resize(mask, (mask.shape[1] // 2, mask.shape[0] // 2), interpolation=cv2().INTER_AREA)
+    return Image.fromarray(mask), round((reach[1] - 1) * scale + width / 2)
+
+
+def handwritten(character, hand, split):
+    """A character of EMNIST, of several the one that suits the hand best, or a sign. Returns as sign does."""
+    if character in SIGNS:
+        return sign(character, hand)
+    images, _ = emnist(DATASETS_DIR, SEED, split)
+    candidates = random.choices(emnist_places(DATASETS_DIR, SEED, split)[character], k=8)
+    stroke, height, slant = emnist_looks(DATASETS_DIR, SEED, split)[candidates].T
+    size = X_HEIGHT.get(character, 1)
+    unlike = np.abs(np.log(stroke / height * size / hand.stroke)) + 2 * np.abs(slant - hand.slant)
+    glyph = images[candidates[int(unlike.argmin())]]  # (28, 28)
+    rows, columns = (np.flatnonzero(glyph.max(axis) > 60) for axis in (1, 0))
+    glyph = Image.fromarray(glyph[rows[0]:rows[-1] + 1, columns[0]:columns[-1] + 1])
+    scale = hand.capital * size * random.gauss(1, hand.looseness) / glyph.height
+    glyph = glyph.resize((max(1, round(glyph.width * scale)), max(4, round(glyph.height * scale))), Image.Resampling.BICUBIC)
+    return glyph, round(hand.capital * (DESCENT.get(character, 0) + random.gauss(0, hand.looseness)))
 
 
 def compose(text, split):
-    """Set EMNIST characters side by side as a hand would: sizes, baseline and spacing loose, one slant. Grey, dark on light."""
-    images, _ = emnist(DATASETS_DIR, SEED, split)
-    places = emnist_places(DATASETS_DIR, SEED, split)
-    capital = random.randint(20, 34)  # height of a capital letter, in pixels
-    looseness, spacing = random.uniform(0.02, 0.12), random.uniform(-0.04, 0.3)  # against capital
+    """Set characters side by side as one hand would: ink (H, W)."""
+    hand = random_hand()
+    capital = hand.capital
     canvas = Image.new("L", (capital * 2 * (len(text) + 2), capital * 3))
     baseline, x = capital * 2, capital
     for c in text:
         if c == " ":
-            x += round(capital * random.uniform(0.5, 0.9))
+            x += round(capital * (random.uniform(0.5, 0.9) + max(0, hand.spacing)))
             continue
-        glyph = Image.fromarray(images[random.choice(places[c])])
-        glyph = glyph.crop(glyph.point(lambda tone: 255 * (tone > 60)).getbbox() or glyph.getbbox())
-        scale = capital * X_HEIGHT.get(c, 1) * random.gauss(1, looseness) / glyph.height
-        glyph = glyph.resize((max(1, round(glyph.width * scale)), max(4, round(glyph.height * scale))), Image.Resampling.BICUBIC)
-        bottom = baseline + round(capital * (DESCENT.get(c, 0) + random.gauss(0, looseness)))
-        canvas.paste(glyph, (x, max(0, bottom - glyph.height)), glyph)
-        x += max(2, round(glyph.width + capital * (spacing + random.gauss(0, looseness))))
-    slant = random.gauss(0, 0.12)
+        glyph, below = handwritten(c, hand, split)
+        canvas.paste(glyph, (x, max(0, baseline + below - glyph.height)), glyph)
+        gap = max(hand.spacing, 0.12) if c in SIGNS else hand.spacing  # what touches a point or a dash would hide it
+        x += max(2, round(glyph.width + capital * (gap + random.gauss(0, hand.looseness))))
+    slant = random.gauss(0, 0.08)
     canvas = canvas.transform(canvas.size, Image.Transform.AFFINE, (1, slant, -slant * baseline, 0, 1, 0), Image.Resampling.BILINEAR)
     box = canvas.getbbox()
-    margins = [random.randint(1, capital // 3) for _ in range(4)]
-    box = (box[0] - margins[0], box[1] - margins[1], box[2] + margins[2], box[3] + margins[3])  # beyond the canvas: black
-    return on_paper(ImageOps.invert(canvas.crop(box)))
+    around = [random.randint(2, capital // 3) for _ in range(4)]
+    canvas = canvas.crop((box[0] - around[0], box[1] - around[1], box[2] + around[2], box[3] + around[3]))  # beyond the canvas: black
+    return np.asarray(canvas, dtype=np.float32) / 255
 
 
-def on_paper(image):
-    """Dark ink of random strength on paper of a random tone with a little noise."""
-    ink, paper = random.randint(0, 90), random.randint(200, 255)
-    noise = np.random.default_rng(random.getrandbits(63)).normal(0, random.choice([0, 2, 6]), (image.height, image.width))
-    tones = ink + np.asarray(image) * ((paper - ink) / 255) + noise
-    return Image.fromarray(tones.clip(0, 255).round().astype(np.uint8))
+def compose_cells(text, split):
+    """The same in the fields of a form. Returns ink (H, W) and the fields' edges."""
+    hand = random_hand()
+    height = round(hand.capital * 1.7)  # of a field's inside
+
+    def in_line(c):
+        if c == " ":
+            return np.zeros((height, 1), np.float32)
+        glyph, below = handwritten(c, hand, split)
+        ink = Image.new("L", (glyph.width, height))
+        ink.paste(glyph, (0, max(0, min(height - glyph.height, round(hand.capital * 1.3) + below - glyph.height))))
+        return np.asarray(ink, dtype=np.float32) / 255
+
+    return in_cells(text, in_line, height)
 
 
-def random_emnist_text(split):
-    """Letters and digits only: words in several cases, numbers, codes, arbitrary strings; sometimes two words."""
-    kind = weighted(word=50, number=20, code=12, string=12, two=6)
-    if kind in ("word", "two"):
-        return " ".join(re.sub("[^A-Za-z]", "", random_word(split)) for _ in range(2 if kind == "two" else 1))
-    return {"number": lambda: random_digits(2, 8), "string": lambda: random_string(ALPHANUMERIC, 2, 7),
-            "code": lambda: random_string(string.ascii_uppercase + string.digits, 3, 8)}[kind]()
+EMNIST_TEXTS = dict(letters=45, number=22, mixed=12, code=12, words=9)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -523,68 +975,119 @@ def random_emnist_text(split):
 
 def draw_trdg(index):
     split, _ = split_and_rank(index)
-    text, alone = random_text(split)
-    return draw_text(split, PRINTED, text, alone), text
+    name, style = pick_style(PRINTED)
+    text, alone = random_text(split, style.texts or PRINTED_TEXTS)
+    return draw_text(split, PRINTED, text, alone, style), text, name
 
 
 def draw_handwriting(index):
     split, _ = split_and_rank(index)
-    text, alone = random_text(split, by_hand=True)
-    return draw_text(split, HAND, text, alone), text
+    name, style = pick_style(HAND)
+    text, alone = random_text(split, style.texts or HAND_TEXTS)
+    return draw_text(split, HAND, text, alone, style), text, name
 
 
 def draw_math(index):
     split, _ = split_and_rank(index)
+    name, style = pick_style(PRINTED, cells=False)
     text = random_math()
-    return draw_text(split, PRINTED, text), text
+    return draw_text(split, PRINTED, text, False, style), text, name
 
 
 def draw_emnist(index):
     split, rank = split_and_rank(index)
     images, labels = emnist(DATASETS_DIR, SEED, split)
-    return ImageOps.invert(Image.fromarray(images[rank])), str(labels[rank])
+    return ImageOps.invert(Image.fromarray(images[rank])), str(labels[rank]), "plain"
 
 
 def draw_emnist_word(index):
     split, _ = split_and_rank(index)
-    text = random_emnist_text(split)
-    drawable = set(text) <= emnist_places(DATASETS_DIR, SEED, split).keys() | {" "} and len(text) <= MAX_LENGTH
-    return compose(text, split) if drawable else None, text
+    name, style = pick_style(HAND)
+    text, alone = random_text(split, style.texts or EMNIST_TEXTS)
+    if alone and set(text) & set("IlOo") and (len(text) == 1 or set(text) & set(string.digits)):
+        return None, text, name  # by hand these are 1 and 0, where no word says otherwise
+    return draw_composed(split, text, style), text, name
 
 
-SOURCES = {  # name and folder -> what draws one sample, and the constant that says how many
-    "trdg_custom": (draw_trdg, "NUM_TRDG"),
-    "synthetic_math": (draw_math, "NUM_MATH"),
-    "emnist_images": (draw_emnist, "NUM_EMNIST"),
-    "emnist_words": (draw_emnist_word, "NUM_EMNIST_WORDS"),
-    "handwriting": (draw_handwriting, "NUM_HANDWRITING"),
+def draw_emnist_math(index):
+    split, _ = split_and_rank(index)
+    name, style = pick_style(HAND, cells=False)
+    text = random_math()
+    return draw_composed(split, text, style), text, name
+
+
+def draw_composed(split, text, style):
+    """Draw a text in EMNIST characters, or None where it holds others."""
+    if not set(text) <= emnist_places(DATASETS_DIR, SEED, split).keys() | SIGNS.keys() | {" "} or len(text) > MAX_LENGTH:
+        return None
+    if style.cells:
+        return Image.fromarray(style.finish(*compose_cells(text, split)))
+    ink = compose(text, split)
+    if not style.finish:
+        return Image.fromarray(tones(ink, random.randint(0, 90), random.randint(200, 255), random.choice([0, 2, 6])))
+    return Image.fromarray(style.finish(ink))
+
+
+class Source(NamedTuple):
+    draw: Callable  # what draws one sample
+    number: str  # the constant that says how many
+    kinds: tuple  # of fonts; none: of EMNIST characters
+
+
+SOURCES = {  # name and folder
+    "trdg_custom": Source(draw_trdg, "NUM_TRDG", (PRINTED,)),
+    "synthetic_math": Source(draw_math, "NUM_MATH", (PRINTED,)),
+    "emnist_images": Source(draw_emnist, "NUM_EMNIST", ()),
+    "emnist_words": Source(draw_emnist_word, "NUM_EMNIST_WORDS", ()),
+    "emnist_math": Source(draw_emnist_math, "NUM_EMNIST_MATH", ()),
+    "handwriting": Source(draw_handwriting, "NUM_HANDWRITING", (HAND,)),
 }
 TRIES = 200  # texts tried for one sample
+CHUNK = 200  # samples that a worker draws at a time
+RUN_TOGETHER = re.compile(r"__|['\"`]{2}")  # nobody can count joined underscores, or tell two apostrophes from a quotation mark
+UNFRAMED = {"plain", "typewriter", "receipt", "low resolution", "pen", "pencil", "marker"}  # styles that draw nothing but the text
 
 
 class CannotDraw(Exception):
     """No text of a source can be drawn with these constants. No SystemExit, which would end a worker without a word."""
 
 
-def draw_sample(source, folder, index):
-    """Draw sample index of a source into folder. Returns file name, label, split and seconds. Runs in the workers."""
-    import cv2
-    from crnn import frames_needed, num_frames, HEIGHT
+def fault(picture, source, style):
+    """What is wrong with a picture as the network will see it, uint8 (32, W), 255 = paper, in a word; None: nothing."""
+    if (picture < 128).sum() < 3:
+        return "blank"
+    if source != "emnist_images" and style in UNFRAMED and (picture[:, [0, -1]] < 80).mean(0).max() > 0.15:
+        return "clipped"
+    return None
 
-    start = time.perf_counter()
+
+def draw_sample(source, folder, index):
+    """Draw sample index of a source into folder. Returns file name, label, split and style."""
+    from crnn import HEIGHT, frames_needed, load_image, num_frames
+
     random.seed(f"{SEED} {source} {index}")  # of a string: the same on every platform
-    cv2.setRNGSeed(random.getrandbits(31))  # TRDG's noise
+    cv2().setRNGSeed(random.getrandbits(31))  # TRDG's noise
     for _ in range(TRIES):
-        image, label = SOURCES[source][0](index)
-        if image and 0 < len(label) <= MAX_LENGTH and label.strip() == label and set(label) <= set(CHARSET):
-            if frames_needed(label) <= num_frames(round(image.width * HEIGHT / image.height)):
+        image, label, style = SOURCES[source].draw(index)
+        if image and 0 < len(label) <= MAX_LENGTH and label.strip() == label and set(label) <= set(CHARSET) \
+                and not RUN_TOGETHER.search(label):
+            if frames_needed(label) <= num_frames(round(image.width * HEIGHT / image.height)) \
+                    and not fault(load_image(image).numpy(), source, style):
                 break
     else:
         raise CannotDraw(f"no {source} picture could be drawn in {TRIES} tries (the last label was {label!r}): are CHARSET, "
-                         f"MAX_LENGTH and the fonts in {FONTS_DIR} too narrow for it? Set {SOURCES[source][1]} = 0 to leave it out")
+                         f"MAX_LENGTH and the fonts in {FONTS_DIR} too narrow for it? Set {SOURCES[source].number} = 0 to leave it out")
     name = f"{index:05}.png"
     image.save(Path(folder) / name, compress_level=3)
-    return name, label, split_and_rank(index)[0], time.perf_counter() - start
+    return name, label, split_and_rank(index)[0], style
+
+
+def draw_chunk(source, folder, fingerprint, indices):
+    """Draw some samples, and when all are there, write down what they are. Returns how many. Runs in the workers."""
+    cv2().setNumThreads(1)  # there is a worker to a processor already
+    rows = [draw_sample(source, folder, index) for index in indices]
+    write_manifest(Path(folder) / f"{indices[0]:05}.json", fingerprint, rows)
+    return len(rows)
 
 
 def start_worker(constants):
@@ -592,113 +1095,244 @@ def start_worker(constants):
     globals().update(constants)
 
 
-def draw_source(source, count, folder):
-    """Draw this process's share of a source into folder, with NUM_WORKERS to a machine. Returns a list of what draw_sample returns."""
-    from crnn import rank, world_size
+def draw_chunks(source, chunks, folder, fingerprint):
+    """Draw this process's share of the chunks, lists of indices, into folder, with NUM_WORKERS to a machine."""
+    from crnn import rank, workers_per_process, world_size
 
-    folder.mkdir(parents=True, exist_ok=True)
-    draw, indices = partial(draw_sample, source, str(folder)), range(rank(), count, world_size())
-    bar = partial(tqdm, total=len(indices), desc=f"{source:<15}", unit="img", smoothing=0.05, disable=rank() > 0)
-    number = max(1, NUM_WORKERS // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))  # of workers for this process
-    if number == 1:
-        return list(bar(map(draw, indices)))
-    constants = {name: value for name, value in globals().items() if name.isupper() and name != "SOURCES"}
-    with ProcessPoolExecutor(number, multiprocessing.get_context(START_METHOD), start_worker, (constants,)) as workers:
-        return list(bar(workers.map(draw, indices, chunksize=32)))
+    mine = chunks[rank()::world_size()]
+    draw, number = partial(draw_chunk, source, str(folder), fingerprint), workers_per_process(NUM_WORKERS)
+    with tqdm(total=sum(map(len, mine)), desc=f"{source:<15}", unit="img", smoothing=0.05, disable=rank() > 0) as bar:
+        if number <= 1 or len(mine) <= 1:
+            for done in map(draw, mine):
+                bar.update(done)
+            return
+        constants = {name: value for name, value in globals().items() if name.isupper() and name not in ("SOURCES", "STYLES", "PLAIN")}
+        with ProcessPoolExecutor(number, multiprocessing.get_context(START_METHOD), start_worker, (constants,)) as workers:
+            for done in workers.map(draw, mine):
+                bar.update(done)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What is left behind: the pictures, preview.png, data.csv, a table
+# Manifests: what is drawn already, and with which constants. Each source's folder has one, and while it is being drawn every chunk.
 
-def move_in(drawn, target):
-    """Put freshly drawn pictures in the place of the former ones, and remove those beyond. Files with other names are left alone."""
-    target.mkdir(parents=True, exist_ok=True)
-    for path in target.iterdir():
-        if re.fullmatch(r"\d{5,}\.png", path.name) and not (drawn / path.name).exists():
-            path.unlink()
-    for path in drawn.iterdir():
-        os.replace(path, target / path.name)
+def fingerprint(source):
+    """A number that changes with all that shapes the pictures of a source, but for their number: constants, code, fonts, EMNIST."""
+    code = Path(__file__).read_text(encoding="utf-8").split("# " + "-" * 117)[2:]  # without the constants that the user edits
+    parts = ["".join(code), repr((SEED, CHARSET, MAX_LENGTH, STYLED))]
+    parts += [f"{Path(font.path).name} {font.held_out} {zlib.crc32(Path(font.path).read_bytes())}"
+              for font in FONTS if font.kind in SOURCES[source].kinds]
+    if not SOURCES[source].kinds:
+        parts += [str(zlib.crc32(emnist(DATASETS_DIR, SEED, split)[0].data)) for split in ("train", "val", "test")]
+    return f"{zlib.crc32(chr(10).join(parts).encode()):08x}"
 
 
-def draw_preview(rows, path):
-    """A contact sheet: for every source, a row of training and a row of test pictures with their labels."""
+def write_manifest(path, fingerprint, rows):
     from crnn import whole_file
 
-    columns, width, height = 7, 230, 74
-    strips = [(source, split) for source in rows.source.unique() for split in ("train", "test")]
+    with whole_file(path) as temporary:
+        temporary.write_text(json.dumps(dict(fingerprint=fingerprint, rows=rows)), encoding="utf-8")
+
+
+def read_manifest(path, fingerprint):
+    """The rows of a manifest with this fingerprint; none where there is no such manifest, and none of a damaged one: they are drawn again."""
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        return [tuple(row) for row in manifest["rows"]] if manifest["fingerprint"] == fingerprint else []
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return []
+
+
+def drawn_so_far(count, fingerprint, folder, staging):
+    """Rows (name, label, split, style) of the pictures with an index below count that are in folder or in staging, by index."""
+    rows, there = {}, {path.name for place in (folder, staging) for path in place.glob("*.png")}
+    for path in (folder / "manifest.json", *sorted(staging.glob("*.json"))):
+        for row in read_manifest(path, fingerprint):
+            index = int(row[0].split(".")[0])
+            if index < count and row[0] in there:
+                rows[index] = row
+    return rows
+
+
+def draw_source(source, count, folder, staging):
+    """Draw what is missing of the first count samples of a source into staging. Returns all rows, and how many of them are new."""
+    from crnn import gather, rank
+
+    mark = fingerprint(source)
+    kept = gather(drawn_so_far(count, mark, folder, staging) if rank() == 0 else None)[0]  # looked up before anyone draws
+    missing = [i for i in range(count) if i not in kept]
+    if missing:
+        staging.mkdir(parents=True, exist_ok=True)
+        draw_chunks(source, [missing[i:i + CHUNK] for i in range(0, len(missing), CHUNK)], staging, mark)
+    gather(None)  # all have drawn
+    rows = drawn_so_far(count, mark, folder, staging)
+    return [rows[i] for i in range(count)], len(missing)
+
+
+def move_in(staging, folder, fingerprint, rows):
+    """Put freshly drawn pictures in the place of the former ones, and remove those beyond. Files with other names are left alone."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "manifest.json").unlink(missing_ok=True)
+    names = {row[0] for row in rows}
+    for path in folder.iterdir():
+        if re.fullmatch(r"\d{5,}\.png", path.name) and path.name not in names:
+            path.unlink()
+    for path in staging.glob("*.png"):
+        os.replace(path, folder / path.name)
+    write_manifest(folder / "manifest.json", fingerprint, rows)
+
+
+def custom_rows():
+    """Rows of datasets/custom/labels.csv whose pictures can be read, as a DataFrame like data.csv, or None. Says which cannot."""
+    from crnn import add_split, load_image, read_labels
+
+    folder = Path(DATASETS_DIR) / "custom"
+    if not (folder / "labels.csv").exists():
+        if folder.is_dir() and any(folder.iterdir()):
+            print(f"{folder.as_posix()} is left out: it has no labels.csv, whose first line must be image_path,label")
+        return None
+    try:
+        rows = add_split(read_labels(folder / "labels.csv").drop(columns="source", errors="ignore"))
+    except ValueError as error:
+        raise SystemExit(str(error))
+    complaints = []
+    for row in tqdm(rows.itertuples(), total=len(rows), desc=f"{'custom':<15}", unit="img"):
+        try:
+            load_image(folder / row.image_path.replace("\\", "/"))
+            complaints.append("" if row.label else f"{row.image_path}: empty label")
+        except ValueError as error:
+            complaints.append(str(error))
+    bad = list(filter(None, complaints))
+    for line in bad[:3] + ["..."] * (len(bad) > 3):
+        print(f"custom, left out: {line}")
+    if bad:
+        print(f"custom: {len(bad):,} of {len(rows):,} rows of {(folder / 'labels.csv').as_posix()} are left out")
+    rows["image_path"] = "custom/" + rows.image_path.str.replace("\\", "/")
+    return rows.assign(style="custom")[[not line for line in complaints]]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is left behind: preview.png, data.csv, tables
+
+def draw_preview(rows, path):
+    """A contact sheet: for every style of every source, a row of training and test pictures with their labels."""
+    from crnn import whole_file
+
+    columns, width, height = {"train": 4, "test": 3}, 230, 74
+    groups = list(rows.groupby(["source", "style"], sort=False))
     font = ImageFont.truetype(str(Path(FONTS_DIR) / "DejaVuSans.ttf"), 13) if (Path(FONTS_DIR) / "DejaVuSans.ttf").exists() \
         else ImageFont.load_default(13)
-    sheet = Image.new("L", (columns * width + 120, len(strips) * height), 255)
+    sheet = Image.new("L", (sum(columns.values()) * width + 120, len(groups) * height + 24), 255)
     draw = ImageDraw.Draw(sheet)
-    for row, (source, split) in enumerate(strips):
-        draw.text((6, row * height + 20), f"{source}\n{split}", font=font, fill=0)
-        for column, sample in enumerate(rows[(rows.source == source) & (rows.split == split)].head(columns).itertuples()):
+    draw.text((120, 4), "training pictures", font=font, fill=0)
+    draw.text((120 + columns["train"] * width, 4), "test pictures: other words, other fonts", font=font, fill=0)
+    for row, ((source, style), group) in enumerate(groups):
+        draw.text((6, row * height + 34), f"{source}\n{style}", font=font, fill=0)
+        shown = [(i + offset, sample) for split, offset in (("train", 0), ("test", columns["train"]))
+                 for i, sample in enumerate(group[group.split == split].head(columns[split]).itertuples())]
+        for column, sample in shown:
             with Image.open(Path(DATASETS_DIR) / sample.image_path) as image:
                 image = ImageOps.contain(image.convert("L"), (width - 12, 40))
-            x, y = 120 + column * width, row * height + 6
+            x, y = 120 + column * width, row * height + 30
             sheet.paste(image, (x, y))
             draw.rectangle((x - 1, y - 1, x + image.width, y + image.height), outline=160)
-            draw.text((x, y + 46), sample.label, font=font, fill=90)
+            draw.text((x, y + 44), sample.label[:28], font=font, fill=90)
     with whole_file(path) as temporary:
         sheet.save(temporary, format="PNG")
 
 
-def main():
-    """Draw every source, then put pictures, preview.png and data.csv in place. Raises SystemExit with one line when it cannot."""
-    import pandas as pd
-    from crnn import Charset, gather, join_processes, rank, write_labels
+def check_sample(rows, number=1000):
+    """Open that many of the pictures, spread over all, as training will. Raises SystemExit naming one that is blank, clipped or unreadable."""
+    from crnn import load_image
+
+    drawn = rows[rows.source != "custom"]
+    for row in drawn.iloc[::max(1, len(drawn) // number)].itertuples():
+        path = Path(DATASETS_DIR) / row.image_path
+        try:
+            wrong = fault(load_image(path).numpy(), row.source, row.style)
+        except ValueError as error:
+            wrong = str(error)
+        if wrong:
+            raise SystemExit(f"{path.as_posix()}, labelled {row.label!r}: {wrong}. Remove {path.parent.as_posix()}/manifest.json and run this "
+                             f"script again; it draws that folder anew")
+
+
+def report_characters(labels):
+    """Print how often every character stands in the training labels, and which of CHARSET stand there too seldom to be learned."""
+    counts = Counter("".join(labels))
+    print("\ncharacters in the training labels:")
+    cells = [f"{c!r:>4}{n:>8,}" for c, n in counts.most_common()]
+    for start in range(0, len(cells), 9):
+        print(" ".join(cells[start:start + 9]))
+    if rare := [c for c in CHARSET if counts[c] < 50]:
+        print(f"fewer than 50 times, and so hardly learned: {' '.join(rare)}")
+
+
+def find_sources(counts):
+    """Look for fonts and EMNIST, and set the counts of those sources to 0 that lack what they are drawn with. Prints what it finds."""
+    from crnn import gather, rank
 
     global FONTS
-    started = time.perf_counter()
-    join_processes()
-    try:
-        Charset(CHARSET)
-    except ValueError as error:
-        raise SystemExit(f"CHARSET: {error}")
-    counts = {source: globals()[constant] for source, (_, constant) in SOURCES.items()}
-    if not any(counts.values()):
-        raise SystemExit("nothing to draw: every NUM_ constant at the top of prepare_ocr_dataset.py is 0")
-    trdg_generator()
     FONTS, notes = find_fonts()
     for note in notes:
         print(note)
     for kind in (PRINTED, HAND):
         held_out = sorted({font.family for font in FONTS if font.kind == kind and font.held_out})
         print(f"{sum(font.kind == kind for font in FONTS)} {kind} fonts; only in val and test: {', '.join(held_out) or 'none'}")
-    for source, kind in (("trdg_custom", PRINTED), ("synthetic_math", PRINTED), ("handwriting", HAND)):
-        if counts[source] and len({font.family for font in FONTS if font.kind == kind}) < 2:
-            print(f"{source} is left out: it needs {kind} fonts of at least two families, one of them for val and test")
+    for source, (_, _, kinds) in SOURCES.items():
+        if any(counts[source] and len({font.family for font in FONTS if font.kind == kind}) < 2 for kind in kinds):
+            print(f"{source} is left out: it needs {kinds[0]} fonts of at least two families, one of them for val and test")
             counts[source] = 0
-    if counts["emnist_images"] or counts["emnist_words"]:
+    by_emnist = [source for source in SOURCES if not SOURCES[source].kinds]
+    if any(counts[source] for source in by_emnist):
         if not gather(find_emnist() if rank() == 0 else None)[0]:  # where it must be downloaded, once
-            counts["emnist_images"] = counts["emnist_words"] = 0
-        elif (most := emnist_count(counts["emnist_images"])) < counts["emnist_images"]:
+            counts.update(dict.fromkeys(by_emnist, 0))
+            return
+        if (most := emnist_count(counts["emnist_images"])) < counts["emnist_images"]:
             counts["emnist_images"] = most
             print(f"NUM_EMNIST is lowered to {most:,}: no more without drawing a character twice")
+        if counts["emnist_words"] or counts["emnist_math"]:
+            for split in ("train", "val", "test"):
+                emnist_looks(DATASETS_DIR, SEED, split)  # here once, and not in every forked worker
+
+
+def main():
+    """Draw every source, then put pictures, preview.png and data.csv in place. Raises SystemExit with one line when it cannot."""
+    import pandas as pd
+    from crnn import Charset, join_processes, rank, write_labels
+
+    started = time.perf_counter()
+    join_processes()
+    try:
+        Charset(CHARSET)
+    except ValueError as error:
+        raise SystemExit(f"CHARSET: {error}")
+    counts = {source: globals()[number] for source, (_, number, _) in SOURCES.items()}
+    if not any(counts.values()):
+        raise SystemExit("nothing to draw: every NUM_ constant at the top of prepare_ocr_dataset.py is 0")
+    trdg_generator()
+    find_sources(counts)
+    counts = {source: count for source, count in counts.items() if count}
+    if not counts:
+        raise SystemExit("nothing could be drawn: see the lines above")
 
     datasets = Path(DATASETS_DIR)
     staging = datasets / ".drawing"  # what stood before stays in place until all is drawn
-    rows = []
     try:
-        if rank() == 0:
-            shutil.rmtree(staging, ignore_errors=True)
-        gather(None)
+        rows, new = {}, {}
         for source, count in counts.items():
-            if count:
-                rows += [(f"{source}/{name}", label, source, split, seconds)
-                         for name, label, split, seconds in draw_source(source, count, staging / source)]
-        rows = [row for part in gather(rows) for row in part]
+            rows[source], new[source] = draw_source(source, count, datasets / source, staging / source)
         if rank() > 0:
             return  # the first process sees to the rest
-        if not rows:
-            raise SystemExit("nothing could be drawn: see the lines above")
-        rows.sort(key=lambda row: (list(SOURCES).index(row[2]), len(row[0]), row[0]))  # a longer name has a higher number
         (datasets / "data.csv").unlink(missing_ok=True)  # its labels belong to the former pictures
-        for source in filter(counts.get, counts):
-            move_in(staging / source, datasets / source)
-        table = pd.DataFrame(rows, columns=["image_path", "label", "source", "split", "seconds"])
+        for source in counts:
+            move_in(staging / source, datasets / source, fingerprint(source), rows[source])
+        table = pd.DataFrame([(f"{source}/{name}", label, source, split, style) for source in counts for name, label, split, style in rows[source]],
+                             columns=["image_path", "label", "source", "split", "style"])
+        table = pd.concat([table, custom_rows()], ignore_index=True)
+        check_sample(table)
         draw_preview(table, datasets / "preview.png")
-        write_labels(table.drop(columns="seconds"), datasets / "data.csv")
+        write_labels(table, datasets / "data.csv")
+        shutil.rmtree(staging, ignore_errors=True)
     except CannotDraw as error:
         raise SystemExit(str(error))
     except BrokenProcessPool:
@@ -707,17 +1341,12 @@ def main():
         kept = "data.csv and the pictures of an earlier run are as they were" if (datasets / "data.csv").exists() else \
             "there is no data.csv until this script has run to its end"
         if isinstance(error, KeyboardInterrupt):
-            raise SystemExit(f"stopped: {kept}")
+            raise SystemExit(f"stopped: {kept}; run the script again and it goes on with what is drawn already")
         raise SystemExit(f"cannot write to {datasets}: {error}. Make room there, or set DATASETS_DIR to another folder; {kept}")
-    finally:
-        if rank() == 0:
-            shutil.rmtree(staging, ignore_errors=True)
 
-    table["characters"] = table.label.str.len()
-    summary = table.groupby(["source", "split"], sort=False).agg(
-        images=("label", "size"), characters=("characters", "sum"), seconds=("seconds", "sum"))
-    print(f"\n{summary.to_string(float_format='{:.1f}'.format)}")
-    print(f"\n{len(table):,} pictures in {time.perf_counter() - started:.0f} s (seconds above are summed over {NUM_WORKERS} workers)"
+    print(f"\n{table.groupby(['source', 'split'], sort=False).size().unstack(fill_value=0).to_string()}")
+    report_characters(table.label[table.split == "train"])
+    print(f"\n{len(table):,} pictures in {time.perf_counter() - started:.0f} s, {sum(new.values()):,} of them new"
           f"\nlabels in {(datasets / 'data.csv').as_posix()}, a look at them in {(datasets / 'preview.png').as_posix()}")
 
 

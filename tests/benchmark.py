@@ -1,7 +1,7 @@
-"""Measure what the README claims of training. By hand, on an idle machine; about an hour and a half for all parts on 2 cores.
+"""Measure what the README claims of drawing and training. By hand, on an idle machine; about two hours for all parts on 2 cores.
 
     python tests/benchmark.py                      all parts, then one table
-    python tests/benchmark.py speed race           some of them: speed target race recipe scaling processes own
+    python tests/benchmark.py speed race           some of them: drawing styles speed target race recipe scaling processes own
 
 The pictures are drawn by prepare_ocr_dataset.py, once, into FOLDER. Every part trains from nothing but "own", which starts from
 OWN_START. Wall time, one run a figure unless the table says otherwise.
@@ -29,12 +29,16 @@ import train_crnn
 
 # ---------------------------------------------------------------------------------------------------------------------
 FOLDER = ROOT / "datasets" / "benchmark"  # pictures, csv files and models of the benchmark
-NUM_TRDG, NUM_MATH = 112_000, 45_000  # pictures drawn for it
-TARGET_EPOCHS = 3  # of the part "target"
+NUM_TRDG, NUM_MATH = 120_000, 48_000  # pictures drawn for it, all plain
+TARGET_ROWS, TARGET_EPOCHS = 126_000, 4  # training rows of the part "target"
 RACE_SECONDS = 180  # of wall time that each network of the part "race" is trained for
 RECIPE_SECONDS = 300  # of processor time for each variant of the part "recipe"
 SCALING_ROWS = 12_000  # of the part "scaling", and twice and four times as many
 PROCESSES_ROWS = 30_000  # of the part "processes", two epochs of them
+DRAWING_NUMBER = 8_000  # pictures of the part "drawing"
+STYLES_SECONDS = 200  # of processor time for each variant of the part "styles", on the pictures of DEFAULT_CSV
+DEFAULT_CSV = ROOT / "datasets" / "data.csv"  # of python prepare_ocr_dataset.py
+FOREIGN = FOLDER / "foreign"  # by python tests/draw_foreign.py datasets/benchmark/foreign 1 800: what the part "styles" measures on
 OWN_START = ROOT / "ocr_crnn_model" / "crnn.pth"  # the weights that the part "own" starts from
 REPEATS = 5  # of each timing of the part "speed"
 # ---------------------------------------------------------------------------------------------------------------------
@@ -197,18 +201,18 @@ def drawn():
     """The csv of the printed text and expressions that the parts train on; drawn where it is not there yet."""
     csv = FOLDER / "data.csv"
     if not csv.exists():
-        for name, value in dict(DATASETS_DIR=str(FOLDER), NUM_TRDG=NUM_TRDG, NUM_MATH=NUM_MATH, NUM_EMNIST=0, NUM_EMNIST_WORDS=0,
-                                NUM_HANDWRITING=0).items():
+        for name, value in dict(DATASETS_DIR=str(FOLDER), NUM_TRDG=NUM_TRDG, NUM_MATH=NUM_MATH, STYLED=0, NUM_EMNIST=0,
+                                NUM_EMNIST_WORDS=0, NUM_EMNIST_MATH=0, NUM_HANDWRITING=0).items():
             setattr(prepare_ocr_dataset, name, value)
         prepare_ocr_dataset.main()
     return csv
 
 
-def first_rows(number):
-    """A csv of a part of the drawn training rows, with a tenth as many val rows."""
+def first_rows(number, val=None):
+    """A csv of a part of the drawn training rows, with a tenth as many val rows, or val of them."""
     rows = crnn.read_labels(drawn()).sample(frac=1, random_state=0)
     path = FOLDER / f"data.{number}.csv"
-    crnn.write_labels(pd.concat([rows[rows.split == "train"].head(number), rows[rows.split == "val"].head(number // 10)]), path)
+    crnn.write_labels(pd.concat([rows[rows.split == "train"].head(number), rows[rows.split == "val"].head(val or number // 10)]), path)
     return path
 
 
@@ -230,9 +234,12 @@ def train(name, processes=1, **constants):
 
 
 def target():
-    last, minutes, memory = train("target", DATA_CSV=str(drawn()), EPOCHS=TARGET_EPOCHS)
+    last, minutes, memory = train("target", DATA_CSV=str(first_rows(TARGET_ROWS, val=1_000_000)), EPOCHS=TARGET_EPOCHS)
     exact = ", ".join(f"{s.removeprefix('exact ')} {last[s]:.2%}" for s in last.index if s.startswith("exact"))
-    return [(f"target, from nothing, {TARGET_EPOCHS} epochs", f"val rows exact: {exact}; {minutes:.1f} min in all, {memory:.1f} GB at most")]
+    history = pd.read_csv(FOLDER / "models" / "target" / "history.csv")
+    on_the_way = ", ".join(f"{row['exact all']:.2%} after {minutes - (last.seconds - row.seconds) / 60:.1f} min" for _, row in history.iloc[:-1].iterrows())
+    return [(f"target, from nothing, {TARGET_EPOCHS} epochs of {TARGET_ROWS:,} rows",
+             f"val rows exact: {exact}; {minutes:.1f} min in all (on the way: {on_the_way}), {memory:.1f} GB at most")]
 
 
 def scaling():
@@ -252,6 +259,71 @@ def processes():
         rows.append((f"processes: {number}, two epochs of {PROCESSES_ROWS:,} rows",
                      f"{last['exact all']:.2%} of the val rows exact, {minutes:.1f} min, {memory:.1f} GB at most in one process"))
     return rows
+
+
+def drawing():
+    """Printed text by prepare_ocr_dataset.py and by TRDG's own command line: the same texts and fonts, as many processes, whole commands timed."""
+    folder = FOLDER / "drawing"
+    shutil.rmtree(folder, ignore_errors=True)
+    (folder / "fonts").mkdir(parents=True)
+    ours = ("import sys; sys.path.insert(0, {root!r}); import prepare_ocr_dataset as p\nvars(p).update(dict.fromkeys([n for n in vars(p) if "
+            "n.startswith('NUM_') and n != 'NUM_WORKERS'], 0), NUM_TRDG={number}, STYLED=0, DATASETS_DIR={out!r})\n"
+            "if __name__ == '__main__': p.main()").format(root=str(ROOT), number=DRAWING_NUMBER, out=str(folder / "ours"))
+    (folder / "run.py").write_text(ours)
+    start = time.perf_counter()
+    subprocess.run([sys.executable, str(folder / "run.py")], check=True, stdout=subprocess.DEVNULL, cwd=ROOT)
+    seconds = {"ours": time.perf_counter() - start}
+    rows = crnn.read_labels(folder / "ours" / "data.csv")
+    (folder / "texts.txt").write_text("\n".join(rows.label), encoding="utf-8")
+    for font in prepare_ocr_dataset.find_fonts()[0]:
+        if font.kind == prepare_ocr_dataset.PRINTED and not font.held_out:
+            shutil.copy(font.path, folder / "fonts" / f"{Path(font.path).stem}.ttf")  # the only suffix it looks for
+    # Its settings nearest to ours: heights about 38 pixels, noise behind the text, some blur and skew. Pillow 10 removed getsize.
+    options = ["trdg", "-i", str(folder / "texts.txt"), "-c", str(DRAWING_NUMBER), "-fd", str(folder / "fonts"), "-f", "38", "-b", "0", "-bl", "1", "-rbl",
+               "-k", "3", "-rk", "-e", "png", "-t", str(prepare_ocr_dataset.NUM_WORKERS), "--output_dir", str(folder / "trdg"), "-na", "2"]
+    shim = ("import sys; from PIL import ImageFont; ImageFont.FreeTypeFont.getsize = lambda self, text: self.getbbox(text)[2:]; "
+            f"sys.argv = {options!r}; from trdg.run import main; main()")
+    start = time.perf_counter()
+    subprocess.run([sys.executable, "-c", shim], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    seconds["TRDG's command line"] = time.perf_counter() - start
+    drawn_by_trdg = len(list((folder / "trdg").glob("*.png")))
+    return [(f"drawing {DRAWING_NUMBER:,} printed lines: {name}", f"{number / seconds[name]:.0f} img/s, {seconds[name]:.0f} s in all")
+            for name, number in (("ours", len(rows)), ("TRDG's command line", drawn_by_trdg))]
+
+
+def merged(parts):
+    """Training buckets of several calls of load_rows as one dict."""
+    together = {}
+    for width in sorted(set().union(*parts)):
+        same = [part[width] for part in parts if width in part]
+        bucket = together[width] = train_crnn.Bucket(width, False)
+        longest = max(b.targets.shape[1] for b in same)
+        bucket.pixels, bucket.lengths = torch.cat([b.pixels for b in same]), torch.cat([b.lengths for b in same])
+        bucket.targets = torch.cat([nn.functional.pad(b.targets, (0, longest - b.targets.shape[1]), value=crnn.BLANK) for b in same])
+    return together
+
+
+def styles():
+    """Trained for the same processor time on all pictures, on the plain ones, and without each style in turn: val rows and foreign pictures."""
+    train_crnn.DATA_CSV = str(DEFAULT_CSV)
+    rows, charset = train_crnn.read_rows("")
+    parts, scored = {}, []
+    for style, group in rows.groupby("style"):
+        parts[style], val = train_crnn.load_rows(group, charset)
+        scored.append(val[val.split == "val"])
+    foreign = crnn.read_labels(FOREIGN / "labels.csv")
+    pictures = [crnn.load_image(FOREIGN / path).numpy() for path in foreign.image_path]
+    scored = pd.concat([*scored, foreign.assign(source="foreign", picture=pictures)])
+    results = []
+    for left_out in ("nothing", "all styles", *sorted(set(parts) - {"plain", "custom"})):
+        kept = [part for style, part in parts.items() if style == "plain" or left_out not in (style, "all styles")]
+        net, optimizers = contenders(charset.num_classes)["ours"]
+        seen = train_by_clock(net, optimizers, merged(kept), STYLES_SECONDS, time.process_time)
+        table = crnn.score_table(list(scored.label), train_crnn.predict(net.crnn, charset, scored), list(scored.source))
+        results.append((f"styles, {STYLES_SECONDS} processor-seconds, without {left_out}",
+                        ", ".join(f"{s} {table.exact[s]:.1%} / {table.CER[s]:.1%}" for s in table.index if s != "all") + f"; {seen:,} seen"))
+        print(*results[-1], flush=True)
+    return results
 
 
 def draw_code(index, fonts):
@@ -296,7 +368,7 @@ def own():
 
 
 def main():
-    parts = [speed, target, race, recipe, scaling, processes, own]
+    parts = [drawing, styles, speed, target, race, recipe, scaling, processes, own]
     wanted = sys.argv[1:] or [part.__name__ for part in parts]
     unknown = set(wanted) - {part.__name__ for part in parts}
     if unknown:

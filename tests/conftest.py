@@ -60,10 +60,10 @@ def prepare(tmp_path, monkeypatch):
     """The preparation script with tiny constants and its own datasets folder."""
     import prepare_ocr_dataset as script
     tiny = dict(DATASETS_DIR=str(tmp_path / "datasets"), FONTS_DIR=str(ROOT / "myFonts"), NUM_TRDG=24, NUM_MATH=24, NUM_EMNIST=24,
-                NUM_EMNIST_WORDS=24, NUM_HANDWRITING=24, NUM_WORKERS=1, FONTS=())
+                NUM_EMNIST_WORDS=24, NUM_EMNIST_MATH=24, NUM_HANDWRITING=24, NUM_WORKERS=1, FONTS=())
     for name, value in tiny.items():
         monkeypatch.setattr(script, name, value)
-    script.emnist.cache_clear(), script.emnist_places.cache_clear()
+    script.emnist.cache_clear(), script.emnist_places.cache_clear(), script.emnist_looks.cache_clear()
     return script
 
 

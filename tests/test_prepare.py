@@ -8,23 +8,31 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 from PIL import Image
 
-from conftest import FONT, ROOT, fake_emnist, write_idx
+from conftest import FONT, ROOT, fake_emnist, line_image, write_csv, write_idx
 from crnn import frames_needed, load_image, num_frames, read_labels
 
 
 def contents(folder):
-    """Every file below a folder but EMNIST's, as bytes."""
-    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in Path(folder).rglob("*") if p.is_file() and "raw" not in p.parts}
+    """Every file below a folder but EMNIST's and the unfinished, as bytes."""
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in Path(folder).rglob("*")
+            if p.is_file() and not {"raw", ".drawing"} & set(p.parts)}
+
+
+def only(prepare, monkeypatch, **numbers):
+    """Draw these sources only."""
+    for name in [name for name in vars(prepare) if name.startswith("NUM_") and name != "NUM_WORKERS"]:
+        monkeypatch.setattr(prepare, name, numbers.get(name, 0))
 
 
 def test_all_sources(prepare, capsys):
     fake_emnist(Path(prepare.DATASETS_DIR))
     prepare.main()
     rows = read_labels(Path(prepare.DATASETS_DIR) / "data.csv")
-    assert list(rows.columns) == ["image_path", "label", "source", "split"]
+    assert list(rows.columns) == ["image_path", "label", "source", "split", "style"]
     assert rows.source.value_counts().to_dict() == dict.fromkeys(prepare.SOURCES, 24)
     assert (Path(prepare.DATASETS_DIR) / "emnist_images" / "00000.png").exists()
     assert set(rows.split) == {"train", "val", "test"} and rows.image_path.is_unique
@@ -37,36 +45,37 @@ def test_all_sources(prepare, capsys):
     with Image.open(Path(prepare.DATASETS_DIR) / "preview.png") as sheet:
         assert sheet.width > 1000 and np.asarray(sheet).min() == 0
     assert not (Path(prepare.DATASETS_DIR) / ".drawing").exists()
-    assert "synthetic_math" in capsys.readouterr().out
+    message = capsys.readouterr().out
+    assert "synthetic_math" in message and "144 of them new" in message and "fewer than 50 times" in message
+    assert {"plain", "form", "fields"} < set(rows["style"])
 
 
 @pytest.mark.parametrize("method, sources", [
-    ("spawn", 2), pytest.param("fork", 5, marks=pytest.mark.skipif(os.name == "nt", reason="no fork"))])
+    ("spawn", 2), pytest.param("fork", 6, marks=pytest.mark.skipif(os.name == "nt", reason="no fork"))])
 def test_workers_change_nothing(prepare, method, sources, monkeypatch, tmp_path):
     """One process against two, whose constants differ from the script's defaults, so that a worker must have been told them."""
     fake_emnist(Path(prepare.DATASETS_DIR))
     monkeypatch.setattr(prepare, "SEED", 7)
-    monkeypatch.setattr(prepare, "NUM_TRDG", 70)  # more than the chunk that one worker takes
+    monkeypatch.setattr(prepare, "CHUNK", 10)
     if sources == 2:  # spawned workers import all anew, which takes seconds for every source
-        for name in ("NUM_MATH", "NUM_EMNIST", "NUM_HANDWRITING"):
-            monkeypatch.setattr(prepare, name, 0)
+        only(prepare, monkeypatch, NUM_TRDG=24, NUM_EMNIST_WORDS=24)
     prepare.main()
     one = contents(prepare.DATASETS_DIR)
     shutil.copytree(Path(prepare.DATASETS_DIR) / "emnist", tmp_path / "two" / "emnist")
     for name, value in dict(DATASETS_DIR=str(tmp_path / "two"), NUM_WORKERS=2, START_METHOD=method).items():
         monkeypatch.setattr(prepare, name, value)
     prepare.main()
-    assert len(one) == 70 + (sources - 1) * 24 + 2 and contents(tmp_path / "two") == one
+    assert len(one) == sources * (24 + 1) + 2 and contents(tmp_path / "two") == one
 
 
 def test_two_machines_draw_what_one_does(prepare, monkeypatch, tmp_path):
     fake_emnist(Path(prepare.DATASETS_DIR))
-    monkeypatch.setattr(prepare, "NUM_HANDWRITING", 0)
+    only(prepare, monkeypatch, NUM_TRDG=24, NUM_MATH=24, NUM_EMNIST=24, NUM_EMNIST_WORDS=24)
     prepare.main()
     one = contents(prepare.DATASETS_DIR)
     shutil.copytree(Path(prepare.DATASETS_DIR) / "emnist", tmp_path / "two" / "emnist")
     constants = {name: value for name, value in vars(prepare).items() if name.startswith("NUM_")}
-    constants |= dict(FONTS_DIR=prepare.FONTS_DIR, DATASETS_DIR=str(tmp_path / "two"))
+    constants |= dict(CHUNK=10, FONTS_DIR=prepare.FONTS_DIR, DATASETS_DIR=str(tmp_path / "two"))
     (tmp_path / "run.py").write_text(f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nimport prepare_ocr_dataset\n"
                                      f"vars(prepare_ocr_dataset).update({constants!r})\nprepare_ocr_dataset.main()\n")
     run = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(tmp_path / "run.py")],
@@ -77,8 +86,7 @@ def test_two_machines_draw_what_one_does(prepare, monkeypatch, tmp_path):
 
 
 def test_another_seed_draws_other_pictures(prepare, monkeypatch):
-    for name in ("NUM_MATH", "NUM_EMNIST", "NUM_EMNIST_WORDS", "NUM_HANDWRITING"):
-        monkeypatch.setattr(prepare, name, 0)
+    only(prepare, monkeypatch, NUM_TRDG=24)
     prepare.main()
     first = contents(prepare.DATASETS_DIR)
     monkeypatch.setattr(prepare, "SEED", 1)
@@ -87,8 +95,7 @@ def test_another_seed_draws_other_pictures(prepare, monkeypatch):
 
 
 def test_fewer_pictures_leave_no_old_ones_behind(prepare, monkeypatch):
-    for name in ("NUM_MATH", "NUM_EMNIST", "NUM_EMNIST_WORDS"):
-        monkeypatch.setattr(prepare, name, 0)
+    only(prepare, monkeypatch, NUM_TRDG=24, NUM_HANDWRITING=24)
     prepare.main()
     own = Path(prepare.DATASETS_DIR) / "trdg_custom" / "my own.png"
     own.write_bytes(b"not ours")
@@ -106,8 +113,7 @@ def test_emnist_is_upright_and_dark_on_light(prepare, monkeypatch):
     letter[4:24, 8:11] = 255
     letter[21:24, 8:18] = 255
     write_idx(Path(prepare.DATASETS_DIR) / "emnist" / "EMNIST" / "raw", np.stack([letter] * 40), np.full(40, 21))
-    for name in ("NUM_TRDG", "NUM_MATH", "NUM_EMNIST_WORDS", "NUM_HANDWRITING"):
-        monkeypatch.setattr(prepare, name, 0)
+    only(prepare, monkeypatch, NUM_EMNIST=24)
     prepare.main()
     rows = read_labels(Path(prepare.DATASETS_DIR) / "data.csv")
     assert set(rows.label) == {"L"}
@@ -201,6 +207,157 @@ def test_no_ink_is_clipped(prepare, font):
     assert drawn > 40
 
 
+# ---- styles and composed handwriting
+
+@pytest.mark.parametrize("kind", ["printed", "handwriting"])
+def test_every_style_shows_its_text(prepare, kind):
+    """Each finish of a black line on white: a picture in which the ink is where it was, or at least as much of it."""
+    black = line_image("Form 27", size=30, margin=6)
+    for name, style in prepare.STYLES[kind].items():
+        for i in range(20):
+            random.seed(f"{name} {i}")
+            ink = prepare.ink_of(black)
+            picture = style.finish(ink, [0, ink.shape[1] // 2, ink.shape[1] - 1]) if style.cells else style.finish(ink)
+            assert picture.dtype == np.uint8 and picture.ndim == 2
+            assert prepare.fault(load_image(Image.fromarray(picture)).numpy(), "trdg_custom", name) is None, (name, i)
+            assert float(picture.max()) - float(picture.min()) >= 50, (name, i)
+
+
+def test_every_sign_is_drawn_and_every_hand_keeps_its_text(prepare):
+    fake_emnist(Path(prepare.DATASETS_DIR))
+    for i, c in enumerate(prepare.SIGNS):
+        random.seed(i)
+        glyph, below = prepare.sign(c, prepare.random_hand())
+        assert np.asarray(glyph).max() > 200 and -30 < below < 20, c
+    random.seed(0)
+    one, two = prepare.compose("8", "train"), prepare.compose("8 8=88", "train")
+    assert two.shape[1] > 3 * one.shape[1] and 0 <= two.min() and two.max() > 0.9
+    ink, edges = prepare.compose_cells("A 1", "train")
+    assert len(edges) == 4 and ink[:, edges[1] + 2:edges[2] - 1].max() == 0 and ink[:, :edges[1]].max() > 0.9  # the space's field is empty
+    assert prepare.draw_composed("train", "é", prepare.PLAIN) is None
+
+
+def test_one_hand_takes_characters_of_its_own_kind(prepare):
+    """Of several characters of EMNIST that one hand may take, the one of its stroke width and slant."""
+    rng = np.random.default_rng(0)
+    images = np.zeros((80, 28, 28), np.uint8)
+    for image in images:  # bars, upright or slanting, thin or thick
+        width, slant = rng.integers(2, 9), rng.uniform(-0.4, 0.4)
+        for y in range(4, 24):
+            x = round(14 - slant * (y - 14) - width / 2)
+            image[y, x:x + width] = 255
+    write_idx(Path(prepare.DATASETS_DIR) / "emnist" / "EMNIST" / "raw", images, np.full(80, 1))
+    looks = prepare.emnist_looks(prepare.DATASETS_DIR, prepare.SEED, "train")
+    assert looks[:, 0].max() > 2 * looks[:, 0].min() and looks[:, 1].max() == 20 and looks[:, 2].max() > 0.2
+    random.seed(0)
+    widths = {}
+    for stroke in (0.1, 0.35):
+        hand = prepare.Hand(20, stroke, 0.0, 0.0, 0.1)
+        glyphs = [prepare.handwritten("1", hand, "train")[0] for _ in range(30)]
+        widths[stroke] = np.mean([np.asarray(glyph).sum() / 255 / glyph.height for glyph in glyphs])
+    assert widths[0.35] > 1.5 * widths[0.1]
+
+
+def test_made_up_words_keep_to_their_split(prepare):
+    random.seed(0)
+    for split in ("train", "val", "test"):
+        made = [prepare.made_up_word(split) for _ in range(100)]
+        assert all(prepare.word_split(word) == split and 2 < len(word) < 15 for word in made)
+        assert len(set(made)) > 90
+
+
+# ---- going on, and images of one's own
+
+def test_an_interrupted_run_goes_on(prepare, monkeypatch, capsys):
+    """Stopped in the middle: what is drawn stays, is not drawn again, and the end is that of an uninterrupted run."""
+    monkeypatch.setattr(prepare, "CHUNK", 5)
+    only(prepare, monkeypatch, NUM_TRDG=24, NUM_MATH=12)
+    prepare.main()
+    whole = contents(prepare.DATASETS_DIR)
+    shutil.rmtree(prepare.DATASETS_DIR)
+    draw, drawn = prepare.draw_sample, []
+
+    def stopped(source, folder, index):
+        if len(drawn) == 18:
+            raise KeyboardInterrupt
+        drawn.append(index)
+        return draw(source, folder, index)
+
+    monkeypatch.setattr(prepare, "draw_sample", stopped)
+    with pytest.raises(SystemExit, match="run the script again"):
+        prepare.main()
+    monkeypatch.setattr(prepare, "draw_sample", draw)
+    capsys.readouterr()
+    prepare.main()
+    assert "36 pictures" in capsys.readouterr().out
+    assert contents(prepare.DATASETS_DIR) == whole
+    assert not (Path(prepare.DATASETS_DIR) / ".drawing").exists()
+
+
+def test_only_what_changed_is_drawn_again(prepare, monkeypatch, capsys):
+    only(prepare, monkeypatch, NUM_TRDG=20, NUM_HANDWRITING=20)
+
+    def new():
+        capsys.readouterr()
+        prepare.main()
+        return int(capsys.readouterr().out.split(" of them new")[0].split()[-1])
+
+    folder = Path(prepare.DATASETS_DIR)
+    assert new() == 40 and new() == 0
+    monkeypatch.setattr(prepare, "NUM_TRDG", 25)
+    assert new() == 5
+    (folder / "handwriting" / "00003.png").unlink()
+    assert new() == 1
+    (folder / "trdg_custom" / "manifest.json").write_text("{")
+    assert new() == 25
+    find = prepare.find_fonts
+    monkeypatch.setattr(prepare, "find_fonts", lambda: ([f for f in find()[0] if "caveat" not in f.path], []))
+    assert new() == 20
+    monkeypatch.setattr(prepare, "STYLED", 0)
+    assert new() == 45
+    assert set(read_labels(folder / "data.csv")["style"]) == {"plain"}
+
+
+def test_images_of_ones_own(prepare, monkeypatch, capsys):
+    """Good rows join data.csv as source custom; bad ones are left out by name; nothing of the folder is touched."""
+    only(prepare, monkeypatch, NUM_TRDG=20)
+    folder = Path(prepare.DATASETS_DIR) / "custom"
+    write_csv(folder / "scans", [f"A-{i}" for i in range(30)])
+    line_image("new").save(folder / "new.png")
+    (folder / "broken.png").write_bytes(b"no picture")
+    labels = [(f"scans\\{i}.png", f"A-{i}") for i in range(30)] + [("new.png", "new"), ("broken.png", "x"), ("missing.png", "y"), ("new.png", "")]
+    (folder / "labels.csv").write_text("image_path,label\n" + "\n".join(map(",".join, labels)) + "\n")
+    prepare.main()
+    rows = read_labels(Path(prepare.DATASETS_DIR) / "data.csv")
+    own = rows[rows.source == "custom"]
+    assert len(own) == 31 and len(rows) == 51 and set(own.split) == {"train", "val", "test"} and set(own["style"]) == {"custom"}
+    assert all((Path(prepare.DATASETS_DIR) / path).exists() for path in own.image_path)
+    message = capsys.readouterr().out
+    assert "broken.png" in message and "missing.png" in message and "empty label" in message and "3 of 34 rows" in message
+    (folder / "labels.csv").unlink()
+    prepare.main()
+    assert "no labels.csv" in capsys.readouterr().out
+    assert "custom" not in set(read_labels(Path(prepare.DATASETS_DIR) / "data.csv").source)
+
+
+@pytest.mark.parametrize("wrong", ["blank", "clipped", "cannot be read"])
+def test_the_check_opens_pictures_and_names_the_bad_one(prepare, wrong, tmp_path):
+    folder = Path(prepare.DATASETS_DIR) / "trdg_custom"
+    folder.mkdir(parents=True)
+    rows = pd.DataFrame(dict(image_path=["trdg_custom/00000.png"], label="HHH", source="trdg_custom", style="plain"))
+    line_image("HHH").save(folder / "00000.png")
+    prepare.check_sample(rows)
+    if wrong == "blank":
+        Image.new("L", (60, 30), 255).save(folder / "00000.png")
+    elif wrong == "clipped":
+        image = line_image("HHH")
+        image.crop((0, 0, image.width - 9, image.height)).save(folder / "00000.png")
+    else:
+        (folder / "00000.png").write_bytes((folder / "00000.png").read_bytes()[:100])
+    with pytest.raises(SystemExit, match=f"00000.png.*{wrong}"):
+        prepare.check_sample(rows)
+
+
 # ---- bad input
 
 @pytest.mark.parametrize("case, complaint", [
@@ -210,10 +367,12 @@ def test_one_line_says_what_to_do(prepare, monkeypatch, tmp_path, case, complain
     changes = {"nothing": dict(NUM_TRDG=0), "repeated character": dict(CHARSET="aa"),
                "read-only": dict(DATASETS_DIR=str(tmp_path / "file" / "datasets")), "impossible": dict(CHARSET="≠", FONTS=())}[case]
     (tmp_path / "file").write_text("in the way")
-    for name, value in dict(dict.fromkeys(["NUM_MATH", "NUM_EMNIST", "NUM_EMNIST_WORDS", "NUM_HANDWRITING"], 0), **changes).items():
+    only(prepare, monkeypatch, NUM_TRDG=24)
+    for name, value in changes.items():
         monkeypatch.setattr(prepare, name, value)
     if case == "impossible":
         monkeypatch.setattr(prepare, "NUM_WORKERS", 2)  # the complaint of a worker must reach the user
+        monkeypatch.setattr(prepare, "CHUNK", 10)
         monkeypatch.setattr(prepare, "find_fonts", lambda: ([prepare.Font(FONT, "printed", f, frozenset("≠"), frozenset(), f == "b") for f in "ab"], []))
     with pytest.raises(SystemExit, match=complaint) as stop:
         prepare.main()
@@ -224,8 +383,7 @@ def test_no_fonts_of_ones_own(prepare, monkeypatch, tmp_path, capsys):
     """An empty font folder: said so, and TRDG's own fonts are drawn in."""
     (tmp_path / "no fonts").mkdir()
     monkeypatch.setattr(prepare, "FONTS_DIR", str(tmp_path / "no fonts"))
-    for name in ("NUM_EMNIST", "NUM_EMNIST_WORDS"):
-        monkeypatch.setattr(prepare, name, 0)
+    only(prepare, monkeypatch, NUM_TRDG=24, NUM_MATH=24, NUM_HANDWRITING=24)
     prepare.main()
     message = capsys.readouterr().out
     assert f"{tmp_path / 'no fonts'} holds no font files" in message
@@ -242,8 +400,7 @@ def test_a_broken_font_is_left_out_by_name(prepare, monkeypatch, tmp_path):
 
 
 def test_a_full_disk_leaves_the_former_data(prepare, monkeypatch):
-    for name in ("NUM_MATH", "NUM_EMNIST", "NUM_EMNIST_WORDS", "NUM_HANDWRITING"):
-        monkeypatch.setattr(prepare, name, 0)
+    only(prepare, monkeypatch, NUM_TRDG=24)
     prepare.main()
     before = contents(prepare.DATASETS_DIR)
 
