@@ -24,7 +24,7 @@ CHROMIUM = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--hide-s
 SANS = ["Nimbus Sans", "URW Gothic", "Cantarell", "CMU Sans Serif", "Nimbus Sans Narrow", "CMU Bright"]
 SERIF = ["P052", "C059", "URW Bookman", "CMU Serif", "Linux Libertine O", "Vollkorn"]
 MONO = ["Nimbus Mono PS", "CMU Typewriter Text", "Hack", "Fantasque Sans Mono", "OCRA"]
-HAND = ["Humor Sans", "dkg Handwriting", "breip", "RufScript", "Ecolier_court"]
+HAND = ["Humor Sans", "DkgHandwriting", "Breip", "Rufscript", "Ecolier_court"]
 WEAR = {  # ImageMagick's arguments
     "none": "", "print and scan": "-attenuate 0.25 +noise Gaussian -blur 0x0.6 -rotate {tilt} -level 6%,92%",
     "fax": "-resize 60% -threshold 62% -resize 160%", "photo": "-rotate {tilt} -motion-blur 0x1.5+{angle} +level 12%,80% -quality 45",
