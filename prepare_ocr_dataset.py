@@ -432,7 +432,7 @@ def random_box(ink, most):
 
 def ink_rows(ink):
     """The first and the last row with ink in it."""
-    rows = np.flatnonzero(ink.max(1) > 0.3)
+    rows = np.flatnonzero(ink.max(1) > 0.3 * ink.max())
     return int(rows[0]), int(rows[-1])
 
 
@@ -466,7 +466,7 @@ def form(ink):
     page = ink.copy()
     for side, room in ((0, top - 2), (1, h - bottom - 3)):  # neighbours' strokes, on paper that is free of our own
         if room > 1 and chance(0.4):
-            part = random.randint(1, min(room, h // 7))
+            part = random.randint(1, min(room, h // 7, bottom + 1 - top))
             other = np.roll(ink[top:bottom + 1], random.randint(0, w), 1)
             if side == 0:
                 page[:part] = np.maximum(page[:part], other[-part:])

@@ -118,7 +118,7 @@ def typesetter(samples, folder):
     for i, (text, _) in enumerate(samples):
         escaped = text.replace("\\", "\\[rs]").replace("-", "\\-").replace("'", "\\[aq]").replace("^", "\\[ha]").replace("~", "\\[ti]")
         source += ".bp\n" * (i > 0) + f".sp 0.4i\n.fam {random.choice(['T', 'H', 'P', 'N', 'C', 'BM', 'A'])}\n.ft {random.choice('RRBI')}\n.ps {random.randint(9, 16)}\n\\&{escaped}\n"
-    pdf = subprocess.run(["groff", "-Kutf8", "-Tpdf", "-P-p8i,1.2i"], input=source.encode(), check=True, capture_output=True).stdout
+    pdf = subprocess.run(["groff", "-Kutf8", "-Tpdf", "-P-p1.2i,8i"], input=source.encode(), check=True, capture_output=True).stdout
     (folder / "set.pdf").write_bytes(pdf)
     subprocess.run(["pdftoppm", "-r", "150", "-png", f"{folder}/set.pdf", f"{folder}/set"], check=True)
     pages = sorted(folder.glob("set-*.png"))
@@ -141,7 +141,7 @@ def main():
         by_typesetter = iter(typesetter([s for s in samples if s[1] == "typeset"], temporary))
         for i, (text, group) in enumerate(samples):
             picture = next(by_typesetter if group == "typeset" else by_browser)
-            wear = random.choice(["none", "print and scan", "photo", "low resolution", "faint"] + ["fax"] * (picture.height > 40 and group != "label"))
+            wear = random.choice(["none", "print and scan", "photo", "low resolution", "faint"] + ["fax"] * (picture.height > 40 and group not in ("label", "hand")))
             arguments = WEAR[wear].format(tilt=round(random.uniform(-1.5, 1.5), 2), angle=random.randint(0, 180)).split()
             name = f"{i:04}.{'jpg' if '-quality' in arguments else 'png'}"
             picture.save(temporary / "clean.png")

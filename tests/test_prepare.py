@@ -209,10 +209,11 @@ def test_no_ink_is_clipped(prepare, font):
 
 # ---- styles and composed handwriting
 
+@pytest.mark.parametrize("text", ["Form 27", "-", ".", "|"])
 @pytest.mark.parametrize("kind", ["printed", "handwriting"])
-def test_every_style_shows_its_text(prepare, kind):
-    """Each finish of a black line on white: a picture in which the ink is where it was, or at least as much of it."""
-    black = line_image("Form 27", size=30, margin=6)
+def test_every_style_shows_its_text(prepare, kind, text):
+    """Each finish of a black line on white: a picture with contrast, neither blank nor clipped."""
+    black = line_image(text, size=30, margin=6)
     for name, style in prepare.STYLES[kind].items():
         for i in range(20):
             random.seed(f"{name} {i}")
@@ -352,7 +353,7 @@ def test_the_check_opens_pictures_and_names_the_bad_one(prepare, wrong, tmp_path
     elif wrong == "clipped":
         image = line_image("HHH")
         last = np.flatnonzero(np.asarray(image).min(0) < 50)[-1]  # column of the last stem
-        image.crop((0, 0, int(last), image.height)).save(folder / "00000.png")
+        image.crop((0, 0, int(last) + 1, image.height)).save(folder / "00000.png")
     else:
         (folder / "00000.png").write_bytes((folder / "00000.png").read_bytes()[:100])
     with pytest.raises(SystemExit, match=f"00000.png.*{wrong}"):
