@@ -8,6 +8,7 @@ Letters in shapes: N images, H height, W width in pixels, T frames (one per 4 pi
 """
 import csv
 import io
+import math
 import os
 import sys
 import zlib
@@ -249,34 +250,68 @@ class CRNN(nn.Module):
 # ---------------------------------------------------------------------------------------------------------------------
 # Decoding
 
+class Character(NamedTuple):
+    """One character of a Reading, and what else it could be."""
+    character: str
+    confidence: float  # highest probability in its frames
+    left: float  # where it begins in the picture, halfway to its neighbour, from 0 to 1 of the width
+    right: float  # where it ends, likewise
+    alternatives: list  # (character, probability) of others in the same place, the likeliest first
+
+
 class Reading(NamedTuple):
-    """What the network read in one picture. Confidences lie in [0, 1]."""
+    """What the network read in one picture."""
     text: str
-    confidence: float  # probability the network gives to exactly this text (and spaces at its ends), all alignments together
-    characters: list  # one (character, confidence) per character of text
+    confidence: float  # probability that the text is right; without calibration, that the network gives to it, all alignments together
+    characters: list  # a Character for each of text
 
 
-def greedy_decode(logits, frames, charset):
+MIN_ALTERNATIVE = 0.02  # probability below which an alternative is not worth a word
+UNCALIBRATED = (1.0, 0.0)  # slope and offset that leave a confidence as it is
+
+
+def greedy_decode(logits, frames, charset, calibration=UNCALIBRATED):
     """Best class per frame, repeats merged, blanks removed (Graves et al. 2006, best path decoding), and spaces at both ends.
 
-    logits: (T, N, C); frames: (N,), only a line's own frames are read. Returns a list of N Readings. A wide margin looks like
-    a space, and no label begins or ends with one.
+    logits: (T, N, C); frames: (N,), only a line's own frames are read; calibration: see calibrate. Returns a list of N
+    Readings. A wide margin looks like a space, and no label begins or ends with one.
     """
     log_probs = logits.detach().float().log_softmax(2).cpu()  # (T, N, C)
     best, classes = log_probs.max(2)  # both (T, N)
     best, classes = best.exp().T.tolist(), classes.T.tolist()  # both N lists of T
-    paths = []  # per line, (class, confidence) of every character
+    paths = []  # per line, (class, frame of its peak) of every character
     for line_classes, line_best, count in zip(classes, best, frames.tolist()):
-        runs = groupby(zip(line_classes[:count], line_best[:count]), key=lambda frame: frame[0])
-        paths.append([(c, max(p for _, p in run)) for c, run in runs if c != BLANK])
+        runs = groupby(range(count), key=line_classes.__getitem__)
+        paths.append([(c, max(run, key=line_best.__getitem__)) for c, run in runs if c != BLANK])
     confidences = text_probability(log_probs, frames.cpu(), [[c for c, _ in path] for path in paths])
     readings = []
-    for path, confidence in zip(paths, confidences):
+    for line, (path, count) in enumerate(zip(paths, frames.tolist())):
         text = charset.decode([c for c, _ in path])
         start = len(text) - len(text.lstrip(" "))
         text = text.strip(" ")
-        readings.append(Reading(text, confidence, [(c, p) for c, (_, p) in zip(text, path[start:])]))
+        peaks = [peak for _, peak in path[start:start + len(text)]]
+        characters = list(map(Character, text, [best[line][peak] for peak in peaks], *extents(peaks, count),
+                              alternatives(log_probs[peaks, line], text, charset)))
+        readings.append(Reading(text, calibrated(confidences[line], calibration), characters))
     return readings
+
+
+def extents(peaks, count):
+    """Where characters with these peaks begin, and where they end, two lists of numbers from 0 to 1; count: frames of the line."""
+    centres = [(peak + 0.5) / count for peak in peaks]
+    between = [(a + b) / 2 for a, b in zip(centres, centres[1:])]
+    if not between:
+        return [0.0] * len(centres), [1.0] * len(centres)
+    first, last = max(0.0, 2 * centres[0] - between[0]), min(1.0, 2 * centres[-1] - between[-1])
+    return [first, *between], [*between, last]
+
+
+def alternatives(log_probs, text, charset):
+    """For each character of a text, the others that are likely in its place. log_probs (characters, C)."""
+    probabilities, classes = log_probs.exp().topk(min(4, log_probs.shape[1]), dim=1)  # both (characters, 4)
+    candidates = [[(charset.characters[c - 1], p) for c, p in zip(*line) if c != BLANK and p >= MIN_ALTERNATIVE]
+                  for line in zip(classes.tolist(), probabilities.tolist())]
+    return [[(other, p) for other, p in others if other != character] for character, others in zip(text, candidates)]
 
 
 def text_probability(log_probs, frames, targets):
@@ -289,8 +324,42 @@ def text_probability(log_probs, frames, targets):
     return loss.neg().exp().clamp(0, 1).tolist()
 
 
+def calibrate(confidences, correct):
+    """Fit calibrated to lists of confidences and of whether the readings were right, after Platt 1999. Returns slope and offset.
+
+    His targets, a little short of 0 and 1, keep the fit finite where all readings are right.
+    """
+    confidences, correct = torch.tensor(confidences, dtype=torch.float64), torch.tensor(correct, dtype=torch.float64)
+    x = torch.stack([confidences.clamp(1e-6, 1 - 1e-6).logit(), torch.ones_like(confidences)], 1)  # (N, 2)
+    target = torch.where(correct > 0, (correct.sum() + 1) / (correct.sum() + 2), 1 / (len(correct) - correct.sum() + 2))
+    weights = torch.tensor(UNCALIBRATED, dtype=torch.float64)
+    for _ in range(30):  # Newton's method
+        p = (x @ weights).sigmoid()
+        curvature = (x * (p * (1 - p))[:, None]).T @ x + 1e-3 * torch.eye(2, dtype=torch.float64)
+        step = torch.linalg.solve(curvature, x.T @ (target - p) - 1e-3 * (weights - torch.tensor(UNCALIBRATED, dtype=torch.float64)))
+        weights = weights + step.clamp(-1, 1)
+    return tuple(weights.tolist())
+
+
+def calibrated(confidence, calibration):
+    """The share of readings with such a confidence that are right, by the slope and offset of calibrate."""
+    slope, offset = calibration
+    if calibration == UNCALIBRATED:
+        return confidence
+    confidence = min(max(confidence, 1e-6), 1 - 1e-6)
+    return 1 / (1 + math.exp(-slope * math.log(confidence / (1 - confidence)) - offset))
+
+
+def calibration_error(confidences, correct, bins=15):
+    """Expected calibration error (Guo et al. 2017): how far confidence and share of right readings lie apart, weighted by their number."""
+    confidences, correct = np.array(confidences), np.array(correct, dtype=float)
+    places = np.minimum((confidences * bins).astype(int), bins - 1)
+    gaps = [abs((confidences - correct)[places == i].sum()) for i in range(bins)]
+    return float(sum(gaps) / max(1, len(correct)))
+
+
 @torch.inference_mode()
-def read_images(model, charset, images, batch_size):
+def read_images(model, charset, images, batch_size, calibration=UNCALIBRATED):
     """Read uint8 tensors (H, W_i) as load_image returns them, sorted by width so that little is padded.
 
     Returns a list of Readings in the order of images.
@@ -303,7 +372,7 @@ def read_images(model, charset, images, batch_size):
         # Every new shape costs preparation, and memory that the next cannot use: few shapes.
         ink, widths = pad_batch([images[i] for i in batch], multiple=32 if len(images) > batch_size else 1)  # (N, 1, H, W), (N,)
         logits, frames = model(ink.to(device), widths)  # (T, N, C), (N,)
-        for i, reading in zip(batch, greedy_decode(logits, frames, charset)):
+        for i, reading in zip(batch, greedy_decode(logits, frames, charset, calibration)):
             readings[i] = reading
     return readings
 

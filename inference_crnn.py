@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from crnn import (IMAGE_SUFFIXES, add_split, format_score_table, load_checkpoint, load_image, read_images, read_labels,
+from crnn import (IMAGE_SUFFIXES, UNCALIBRATED, add_split, format_score_table, load_checkpoint, load_image, read_images, read_labels,
                   score_table, whole_file)
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -35,7 +35,7 @@ def recognize(images, checkpoint=None):
     Returns a list as long as images of crnn.Reading (text, confidence, characters), None where a picture cannot be read;
     why is printed to standard error. Raises ValueError when the checkpoint is missing or is not one.
     """
-    model, charset, _ = checkpoint if isinstance(checkpoint, tuple) else load_checkpoint(checkpoint or MODEL_PATH, DEVICE)
+    model, charset, facts = checkpoint if isinstance(checkpoint, tuple) else load_checkpoint(checkpoint or MODEL_PATH, DEVICE)
     readings = [None] * len(images)
     for start in range(0, len(images), CHUNK):
         pictures = {}
@@ -44,7 +44,8 @@ def recognize(images, checkpoint=None):
                 pictures[i] = load_image(image, model.architecture["height"])
             except ValueError as error:
                 print(f"skipped: {error}", file=sys.stderr, flush=True)
-        for i, reading in zip(pictures, read_images(model, charset, list(pictures.values()), BATCH_SIZE)):
+        for i, reading in zip(pictures, read_images(model, charset, list(pictures.values()), BATCH_SIZE,
+                                                     tuple(facts.get("calibration", UNCALIBRATED)))):
             readings[i] = reading
     return readings
 

@@ -28,9 +28,9 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from crnn import (BLANK, CRNN, HEIGHT, Charset, add_split, describe, format_score_table, frames_needed, gather, join_processes,
-                  load_checkpoint, load_image, num_frames, rank, read_images, read_labels, save_checkpoint, save_tensors, score_table,
-                  to_ink, whole_file, workers_per_process, world_size)
+from crnn import (BLANK, CRNN, HEIGHT, UNCALIBRATED, Charset, add_split, calibrate, calibration_error, describe, format_score_table,
+                  frames_needed, gather, join_processes, load_checkpoint, load_image, num_frames, rank, read_images, read_labels,
+                  save_checkpoint, save_tensors, score_table, to_ink, whole_file, workers_per_process, world_size)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Data and files
@@ -456,17 +456,17 @@ def ctc_loss(logits, targets, frames, lengths):
     return F.ctc_loss(logits.float().log_softmax(2), targets.to(logits.device), frames, lengths, blank=BLANK)
 
 
-def predict(model, charset, rows):
-    """The texts that the model reads in the pictures of rows, in their order."""
+def read(model, charset, rows, calibration=UNCALIBRATED):
+    """Let every process read the pictures of its rows. Returns all rows of all processes, with columns prediction and confidence."""
     model.eval()
-    return [reading.text for reading in read_images(model, charset, [torch.from_numpy(p) for p in rows.picture], 32)]
+    readings = read_images(model, charset, [torch.from_numpy(p) for p in rows.picture], 32, calibration)
+    rows = rows.drop(columns="picture").assign(prediction=[r.text for r in readings], confidence=[r.confidence for r in readings])
+    return pd.concat(gather(rows))
 
 
-def score(model, charset, rows):
-    """Let every process read its rows. Returns all labels, all predictions, and the score_table by source."""
-    parts = gather((list(rows.label), predict(model, charset, rows), list(rows.source)))
-    labels, predictions, sources = ([item for part in parts for item in part[i]] for i in range(3))
-    return labels, predictions, score_table(labels, predictions, sources)
+def score(rows, by="source"):
+    """The score_table of rows that read returned."""
+    return score_table(list(rows.label), list(rows.prediction), list(rows[by]))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -609,16 +609,17 @@ def main():
                 model.norms.eval()
             losses = train_epoch(trained, optimizers, schedules, scaler, buckets, sizes, f"epoch {epoch}/{epochs}")
             speed = world_size() * sum(sizes.values()) / (time.perf_counter() - started)
-            labels, predictions, table = score(model, charset, val)
+            seen = read(model, charset, val)
+            table = score(seen)
             exact, cer = float(table.exact.iloc[-1]), float(table.CER.iloc[-1])
             state["seconds"] += time.perf_counter() - started
             print(f"Epoch {epoch}/{epochs} — Loss: {np.mean(losses):.4f} — Accuracy: {exact:.2%} — CER: {cer:.2%}"
                   f" — {speed:.0f} img/s — {state['seconds']:.0f} s", flush=True)
             now_and_then = epoch % -(-epochs // 10) == 0 or epoch == epochs
             if now_and_then:
-                for label, prediction in list(zip(labels, predictions))[epoch % 7::max(1, len(labels) // SHOWN)][:SHOWN]:
-                    print(f"    {label} | {prediction}")
-            if sum(not p for p in predictions) > 0.9 * len(predictions):
+                for row in seen[epoch % 7::max(1, len(seen) // SHOWN)][:SHOWN].itertuples():
+                    print(f"    {row.label} | {row.prediction}")
+            if (seen.prediction == "").mean() > 0.9:
                 print("    nearly all output is still blank: this is normal in the first epochs of CTC training")
             state["epoch"] = epoch
             state["history"].append(dict(epoch=epoch, seconds=round(state["seconds"], 1), images_per_second=round(speed, 1),
@@ -642,17 +643,23 @@ def main():
         resume = f", and RESUME = True goes on after epoch {state['epoch']}" if resume_path().exists() else ""
         raise SystemExit(f"cannot write to {Path(MODEL_PATH).parent}: {error}. Make room there or set MODEL_PATH; what was saved "
                          f"before is whole{resume}")
+    gather(None)  # the first process has written the best epoch before it comes here
+    best, charset, facts = load_checkpoint(MODEL_PATH, device)
+    seen = read(best, charset, val)
+    calibration = calibrate(list(seen.confidence), list(seen.label == seen.prediction))
+    if rank() == 0:
+        save_checkpoint(MODEL_PATH, best, charset, **dict(facts, calibration=list(calibration)))
     print(f"✅ Model saved to {MODEL_PATH}")
 
     if sum(gather(len(test))):
-        best, charset, facts = load_checkpoint(MODEL_PATH, device)  # the first process has written it before it came to gather
         print(f"\nTest rows, never trained on, read by epoch {facts['epoch']} (exact: no error in the line; folded: single characters, "
               f"look-alikes such as 0 O o counted as one)")
-        labels, predictions, table = score(best, charset, test)
-        print(format_score_table(table))
-        if "style" in test:
-            styles = [style for part in gather(list(test["style"])) for style in part]
-            print(f"\n{format_score_table(score_table(labels, predictions, styles))}")
+        seen = read(best, charset, test, calibration)
+        print(format_score_table(score(seen)))
+        if "style" in seen:
+            print(f"\n{format_score_table(score(seen, by='style'))}")
+        error = calibration_error(list(seen.confidence), list(seen.label == seen.prediction))
+        print(f"\nconfidence and share of right readings lie {error:.1%} apart (expected calibration error)")
     if world_size() > 1:
         dist.destroy_process_group()
 

@@ -162,7 +162,7 @@ def race():
     rows = []
     for name, (net, optimizers) in contenders(charset.num_classes).items():
         seen = train_by_clock(net, optimizers, buckets, RACE_SECONDS, time.perf_counter)
-        predictions = train_crnn.predict(net.crnn, charset, val) if name == "ours" else read_unpadded(net.net, charset, val)
+        predictions = read_padded(net.crnn, charset, val) if name == "ours" else read_unpadded(net.net, charset, val)
         rows.append((f"race, {RACE_SECONDS} s each: {name}", f"{share_exact(val, predictions)}, {seen:,} pictures seen"))
     return rows
 
@@ -181,9 +181,14 @@ def recipe():
             optimizers = [torch.optim.AdamW(net.parameters(), train_crnn.LEARNING_RATE, weight_decay=train_crnn.WEIGHT_DECAY, fused=True)]
         seen = train_by_clock(net, optimizers, buckets, RECIPE_SECONDS, time.process_time)
         rows.append((f"recipe, {RECIPE_SECONDS} processor-seconds: {name}",
-                     f"{share_exact(val, train_crnn.predict(net.crnn, charset, val))}, {seen:,} pictures seen"))
+                     f"{share_exact(val, read_padded(net.crnn, charset, val))}, {seen:,} pictures seen"))
         vars(train_crnn).update({key: defaults[key] for key in changes})
     return rows
+
+
+def read_padded(model, charset, rows):
+    """The texts that the network reads in the pictures of rows."""
+    return list(train_crnn.read(model, charset, rows).prediction)
 
 
 @torch.inference_mode()
@@ -319,7 +324,7 @@ def styles():
         kept = [part for style, part in parts.items() if style == "plain" or left_out not in (style, "all styles")]
         net, optimizers = contenders(charset.num_classes)["ours"]
         seen = train_by_clock(net, optimizers, merged(kept), STYLES_SECONDS, time.process_time)
-        table = crnn.score_table(list(scored.label), train_crnn.predict(net.crnn, charset, scored), list(scored.source))
+        table = crnn.score_table(list(scored.label), read_padded(net.crnn, charset, scored), list(scored.source))
         results.append((f"styles, {STYLES_SECONDS} processor-seconds, without {left_out}",
                         ", ".join(f"{s} {table.exact[s]:.1%} / {table.CER[s]:.1%}" for s in table.index if s != "all") + f"; {seen:,} seen"))
         print(*results[-1], flush=True)

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from PIL import Image
 
 from conftest import line_image
-from crnn import (BLANK, CRNN, Charset, add_split, fold_lookalikes, frames_needed, greedy_decode, load_checkpoint, load_image,
-                  num_frames, pad_batch, read_images, read_labels, save_checkpoint, score_table, whole_file, write_labels)
+from crnn import (BLANK, CRNN, UNCALIBRATED, Charset, add_split, calibrate, calibrated, calibration_error, fold_lookalikes,
+                  frames_needed, greedy_decode, load_checkpoint, load_image, num_frames, pad_batch, read_images, read_labels, save_checkpoint, score_table, whole_file, write_labels)
 from prepare_ocr_dataset import CHARSET
 
 
@@ -159,7 +159,9 @@ def test_greedy_decoding_table(path, text):
         logits[t, 0, "-ab".index(c)] = 9
     reading, = greedy_decode(logits, torch.tensor([len(path)]), Charset("ab"))
     assert reading.text == text and reading.confidence > 0.99
-    assert [c for c, _ in reading.characters] == list(text) and all(p > 0.99 for _, p in reading.characters)
+    assert [c.character for c in reading.characters] == list(text) and all(c.confidence > 0.99 for c in reading.characters)
+    edges = [edge for c in reading.characters for edge in (c.left, c.right)]
+    assert edges == sorted(edges) and all(0 <= edge <= 1 for edge in edges)
 
 
 @pytest.mark.parametrize("path, text", [(" a-b ", "ab"), ("  -a ", "a"), ("a- -b", "a b"), (" - - ", "")])
@@ -168,7 +170,7 @@ def test_spaces_at_the_ends_are_margin(path, text):
     for t, c in enumerate(path):
         logits[t, 0, "-ab ".index(c)] = 9
     reading, = greedy_decode(logits, torch.tensor([len(path)]), Charset("ab "))
-    assert reading.text == text and "".join(c for c, _ in reading.characters) == text and reading.confidence > 0.99
+    assert reading.text == text and "".join(c.character for c in reading.characters) == text and reading.confidence > 0.99
 
 
 def test_confidence_is_the_probability_of_the_text():
@@ -176,9 +178,35 @@ def test_confidence_is_the_probability_of_the_text():
     reading, = greedy_decode(probabilities.log()[:, None], torch.tensor([2]), Charset("a"))
     assert reading.text == "a"
     assert reading.confidence == pytest.approx(0.7 * 0.6 + 0.7 * 0.4 + 0.3 * 0.6)  # aa, a-, -a
-    assert reading.characters == [("a", pytest.approx(0.7))]
+    assert reading.characters == [("a", pytest.approx(0.7), 0, 1, [])]
     empty, = greedy_decode((1 - probabilities).log()[:, None], torch.tensor([2]), Charset("a"))
     assert empty.text == "" and empty.confidence == pytest.approx(0.7 * 0.6) and empty.characters == []
+
+
+def test_where_characters_stand_and_what_else_they_could_be():
+    probabilities = torch.full((8, 1, 4), 0.01)  # (T, N, C): blank, O, 0, 1
+    probabilities[:, 0, 0] = 0.97
+    probabilities[1, 0] = torch.tensor([0.02, 0.6, 0.37, 0.01])
+    probabilities[5, 0] = torch.tensor([0.01, 0.005, 0.005, 0.98])
+    reading, = greedy_decode(probabilities.log(), torch.tensor([8]), Charset("O01"))
+    assert reading.text == "O1"
+    first, second = reading.characters
+    assert first.alternatives == [("0", pytest.approx(0.37))] and second.alternatives == []
+    assert (first.left, first.right) == (0, pytest.approx(3.5 / 8)) and (second.left, second.right) == (pytest.approx(3.5 / 8), pytest.approx(7.5 / 8))
+
+
+def test_calibration_makes_confidence_the_share_of_right_readings():
+    rng = np.random.default_rng(0)
+    true = rng.uniform(0.02, 0.98, 4000)
+    correct = rng.random(4000) < true
+    overconfident = 1 / (1 + np.exp(-3 * np.log(true / (1 - true)) - 1))
+    calibration = calibrate(list(overconfident), list(correct))
+    assert calibration[0] == pytest.approx(1 / 3, abs=0.03) and calibration[1] == pytest.approx(-1 / 3, abs=0.1)
+    after = [calibrated(c, calibration) for c in overconfident]
+    assert calibration_error(overconfident, correct) > 0.1 and calibration_error(after, correct) < 0.03
+    slope, offset = calibrate([0.9] * 10, [True] * 10)  # nothing to learn from
+    assert 0 < slope < 10 and calibrated(0.9, (slope, offset)) > 0.85 and calibrated(0.3, UNCALIBRATED) == 0.3
+    assert calibrated(1.0, (slope, offset)) <= 1 and calibrated(0.0, (slope, offset)) >= 0
 
 
 @pytest.mark.parametrize("label", ["a", "ab", "aa", "aab", "abab", "aaa", "abbba"])
