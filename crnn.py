@@ -542,6 +542,16 @@ def score_table(labels, predictions, groups):
                              single=sums.single, folded=sums.folded / sums.single.where(sums.single > 0)))
 
 
+def edits(label, prediction):
+    """What turns a label into a prediction: (character read instead of, character), "" for none, in the order of the line."""
+    from rapidfuzz.distance import Levenshtein
+
+    found = []
+    for kind, i, j in Levenshtein.editops(label, prediction):
+        found.append((label[i] if kind != "insert" else "", prediction[j] if kind != "delete" else ""))
+    return found
+
+
 def format_score_table(table):
     """The table of score_table as text, shares in percent."""
     percent = "{:.2%}".format

@@ -4,16 +4,23 @@
     python inference_crnn.py scan.png forms/ own.csv   pictures, folders of pictures, csv files with image_path,label
 
 Prints what it reads in each picture and writes everything to predictions.csv; where labels are known, a table scores the
-readings by source. Exit status 1 when any picture could not be read. From Python: recognize(images, checkpoint).
+readings by source, and REPORT_DIR gets a page to look at. Exit status 1 when any picture could not be read. From Python:
+recognize(images, checkpoint).
 """
+import base64
 import csv
+import html
+import json
 import sys
+from collections import Counter
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from crnn import (IMAGE_SUFFIXES, UNCALIBRATED, add_split, format_score_table, load_checkpoint, load_image, read_images, read_labels,
-                  score_table, whole_file)
+from crnn import (IMAGE_SUFFIXES, UNCALIBRATED, add_split, calibration_error, edits, fold_lookalikes, format_score_table, load_checkpoint,
+                  load_image, read_images, read_labels, score_table, whole_file)
 
 # ---------------------------------------------------------------------------------------------------------------------
 MODEL_PATH = "ocr_crnn_model/crnn.pth"  # checkpoint that train_crnn.py saved; charset and preprocessing come with it
@@ -22,6 +29,8 @@ NUM_SAMPLES = 20  # how many of them, spread over all
 BATCH_SIZE = 64  # pictures read at once
 MIN_CONFIDENCE = 0.5  # below this a reading is marked for a person to check
 PREDICTIONS_CSV = "predictions.csv"  # columns image_path,label,source,prediction,confidence
+PREDICTIONS_JSONL = None  # "predictions.jsonl": a line per picture with every character's confidence, place and alternatives; None: none
+REPORT_DIR = "ocr_crnn_model/report"  # index.html and its plots, made where labels are known; None: none
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # where to read
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -83,8 +92,154 @@ def report(path, label, reading):
     print(f"Image: {path.as_posix()}")
     if label:
         print(f"Ground Truth: {label}")
-    print(f"Predicted   : {reading.text}  (confidence {reading.confidence:.2f}"
-          f"{', please check' if reading.confidence < MIN_CONFIDENCE else ''})\n")
+    doubt = ", please check" + doubtful_characters(reading) if reading.confidence < MIN_CONFIDENCE else ""
+    print(f"Predicted   : {reading.text}  (confidence {reading.confidence:.2f}{doubt})\n")
+
+
+def doubtful_characters(reading):
+    """What else the most doubtful character of a reading could be, as in ": O 0.61 · 0 0.37"; nothing where there is no alternative."""
+    unsure = min((c for c in reading.characters if c.alternatives), key=lambda c: c.confidence, default=None)
+    if not unsure:
+        return ""
+    return ": " + " · ".join(f"{c} {p:.2f}" for c, p in [(unsure.character, unsure.confidence), *unsure.alternatives])
+
+
+def as_json(path, label, source, reading):
+    """A line of PREDICTIONS_JSONL. left and right are parts of the picture's width."""
+    characters = [dict(character=c.character, confidence=round(c.confidence, 4), left=round(c.left, 4), right=round(c.right, 4),
+                       alternatives=[[other, round(p, 4)] for other, p in c.alternatives]) for c in reading.characters]
+    return json.dumps(dict(image_path=path.as_posix(), label=label, source=source, prediction=reading.text,
+                           confidence=round(reading.confidence, 4), characters=characters), ensure_ascii=False)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Report. rows: a DataFrame with columns path, label, prediction, confidence, source.
+
+def summary(rows):
+    """Shares that tell one kind of error from another, as a list of (what, value)."""
+    pairs = list(zip(rows.label, rows.prediction))
+    characters = max(1, int(rows.label.str.len().sum()))
+    found = [edit for label, prediction in pairs for edit in edits(label, prediction)]
+    doubled = [(label, prediction) for label, prediction in pairs if any(a == b for a, b in zip(label, label[1:]))]
+    share = lambda right, of: f"{sum(right) / len(of):.1%} of {len(of):,}" if of else "none"
+    return [
+        ("exact match", share([a == b for a, b in pairs], pairs)),
+        ("exact match but for case", share([a.lower() == b.lower() for a, b in pairs], pairs)),
+        ("exact match, look-alikes folded", share([fold_lookalikes(a) == fold_lookalikes(b) for a, b in pairs], pairs)),
+        ("character error rate", f"{len(found) / characters:.2%} of {characters:,} characters"),
+        ("characters read as another", f"{sum(bool(a and b) for a, b in found):,}"),
+        ("characters read where there is none", f"{sum(not a for a, b in found):,}"),
+        ("characters not read", f"{sum(not b for a, b in found):,}"),
+        ("errors that are only of case", f"{sum(a.lower() == b.lower() for a, b in found):,}"),
+        ("spaces lost or invented", f"{sum(' ' in edit for edit in found):,} among {rows.label.str.count(' ').sum():,} spaces"),
+        ("errors in punctuation and signs", f"{sum(bool(a) and not a.isalnum() and a != ' ' for a, b in found):,} among "
+                                            f"{sum(not c.isalnum() and c != ' ' for label in rows.label for c in label):,} signs"),
+        ("exact match of lines with doubled characters", share([a == b for a, b in doubled], doubled)),
+        ("expected calibration error", f"{calibration_error(list(rows.confidence), list(rows.label == rows.prediction)):.1%}"),
+    ]
+
+
+def plot_confusions(rows, path, most=30):
+    """The characters that are confused most, as a matrix: a row for what stands there, a column for what was read."""
+    pyplot = plots()
+    confused = Counter(edit for label, prediction in zip(rows.label, rows.prediction) for edit in edits(label, prediction))
+    weight = Counter()
+    for pair, n in confused.items():
+        for c in set(pair):
+            weight[c] += n
+    shown = sorted(c for c, _ in weight.most_common(most))
+    figure, axes = pyplot.subplots(figsize=(9, 8), layout="constrained")
+    image = axes.imshow([[confused[a, b] for b in shown] for a in shown] or [[0]], cmap="Blues")
+    names = [{"": "∅", " ": "␣"}.get(c, c) for c in shown]
+    axes.set(xticks=range(len(shown)), yticks=range(len(shown)), xlabel="read (∅: nothing)", ylabel="label (∅: nothing there)",
+             title="errors by character, the most frequent ones")
+    axes.set_xticklabels(names, parse_math=False)  # a $ is a character here
+    axes.set_yticklabels(names, parse_math=False)
+    figure.colorbar(image, shrink=0.6)
+    save_plot(figure, path)
+
+
+def plot_reject_curve(rows, path):
+    """What checking by hand buys: the share of wrong readings among those that are kept, by how many are kept."""
+    pyplot = plots()
+    ordered = rows.sort_values("confidence", ascending=False)
+    wrong = (ordered.label != ordered.prediction).cumsum().to_numpy()
+    kept = range(1, len(ordered) + 1)
+    figure, (curve, reliability) = pyplot.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    curve.plot([100 * n / len(ordered) for n in kept], [100 * w / n for w, n in zip(wrong, kept)])
+    sure = int((rows.confidence >= MIN_CONFIDENCE).sum())
+    if sure:
+        curve.plot(100 * sure / len(rows), 100 * wrong[sure - 1] / sure, "o", label=f"MIN_CONFIDENCE = {MIN_CONFIDENCE}")
+        curve.legend()
+    curve.set(xlabel="readings kept, the surest first, %", ylabel="wrong among them, %", title="reject curve")
+    groups = rows.assign(right=rows.label == rows.prediction).groupby((rows.confidence * 10).clip(upper=9).astype(int))
+    reliability.plot([0, 1], [0, 1], color="grey", linewidth=1)
+    reliability.plot(groups.confidence.mean(), groups.right.mean(), marker="o")
+    reliability.set(xlabel="confidence", ylabel="share that is right", title="reliability")
+    for axes in (curve, reliability):
+        axes.grid(alpha=0.3)
+    save_plot(figure, path)
+
+
+def plots():
+    import matplotlib
+    matplotlib.use("Agg")  # no window
+    from matplotlib import pyplot
+    return pyplot
+
+
+def save_plot(figure, path):
+    with whole_file(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=80)
+    plots().close(figure)
+
+
+def draw_errors(rows, path, most=60):
+    """A sheet of the surest wrong readings: picture, what it was read as, and the label."""
+    wrong = rows[rows.label != rows.prediction].sort_values("confidence", ascending=False).head(most)
+    columns, width, height = 4, 300, 84
+    sheet = Image.new("RGB", (columns * width, max(1, -(-len(wrong) // columns)) * height), "white")
+    draw = ImageDraw.Draw(sheet)
+    folder = Path(__file__).parent / "myFonts" / "DejaVuSans.ttf"
+    font = ImageFont.truetype(str(folder), 13) if folder.exists() else ImageFont.load_default(13)
+    for i, row in enumerate(wrong.itertuples()):
+        x, y = i % columns * width + 6, i // columns * height + 4
+        picture = Image.fromarray(load_image(row.path).numpy())
+        sheet.paste(ImageOps.contain(picture, (width - 14, 40)), (x, y))
+        draw.text((x, y + 42), f"{row.prediction}   ({row.confidence:.2f})", font=font, fill="#c00000")
+        draw.text((x, y + 58), row.label, font=font, fill="#007020")
+    with whole_file(path) as temporary:
+        sheet.save(temporary, format="PNG")
+
+
+def write_report(rows):
+    """confusions.png, reject_curve.png, worst_errors.png and, with all of them in it, index.html, in REPORT_DIR."""
+    folder = Path(REPORT_DIR)
+    plot_confusions(rows, folder / "confusions.png")
+    plot_reject_curve(rows, folder / "reject_curve.png")
+    draw_errors(rows, folder / "worst_errors.png")
+    table = lambda head, lines: "<table><tr>" + "".join(f"<th>{html.escape(h)}" for h in head) + "".join(
+        "<tr>" + "".join(f"<td>{html.escape(str(cell))}" for cell in line) for line in lines) + "</table>"
+    shares = lambda groups: [(name, f"{row.images:,.0f}", f"{row.exact:.1%}", f"{row.CER:.1%}", f"{row.folded:.1%}" if row.single else "-")
+                             for name, row in score_table(list(rows.label), list(rows.prediction), list(groups)).iterrows()]
+    lengths = rows.label.str.len().map(lambda n: " 1 character" if n == 1 else f"{(n - 2) // 4 * 4 + 2:2} to {(n - 2) // 4 * 4 + 5}")
+    confused = Counter(edit for label, prediction in zip(rows.label, rows.prediction) for edit in edits(label, prediction))
+    named = {"": "(nothing)", " ": "(space)"}
+    head = ["", "images", "exact", "CER", "single characters, look-alikes folded"]
+    picture = lambda name, what: f'<h2>{what}</h2><img alt="{what}" src="data:image/png;base64,' \
+        + base64.b64encode((folder / name).read_bytes()).decode() + '">'
+    page = [
+        "<!doctype html><meta charset=utf-8><title>Readings</title><style>body{font:15px/1.5 sans-serif;max-width:75em;margin:2em auto;padding:0 1em}"
+        "table{border-collapse:collapse;margin:1em 0}td,th{border-bottom:1px solid #ccc;padding:2px 12px;text-align:left}img{max-width:100%}"
+        "td:first-child{white-space:pre}</style>", f"<h1>{len(rows):,} labelled pictures read by {html.escape(str(MODEL_PATH))}</h1>",
+        table(["what", "how often"], summary(rows)), "<h2>By source</h2>", table(head, shares(rows.source)), "<h2>By length</h2>",
+        table(head, shares(lengths)), "<h2>The most frequent errors</h2>",
+        table(["label", "read as", "times"], [(named.get(a, a), named.get(b, b), n) for (a, b), n in confused.most_common(25)]),
+        picture("confusions.png", "Which characters are confused"), picture("reject_curve.png", "What confidence is worth"),
+        picture("worst_errors.png", "The surest errors: read in red, label in green"),
+    ]
+    with whole_file(folder / "index.html") as temporary:
+        temporary.write_text("\n".join(page), encoding="utf-8")
 
 
 def main(arguments=()):
@@ -97,10 +252,14 @@ def main(arguments=()):
     if not samples:
         raise SystemExit(f"{DATA_CSV} has no test rows: name pictures instead, python inference_crnn.py PATH")
 
-    read = []  # (label, prediction, source) where the label is known
+    read = []  # (path, label, prediction, confidence, source) where the label is known
     skipped = to_check = 0
     try:
-        with whole_file(PREDICTIONS_CSV) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
+        with ExitStack() as files:
+            file = open(files.enter_context(whole_file(PREDICTIONS_CSV)), "w", newline="", encoding="utf-8")
+            files.enter_context(file)
+            lines = files.enter_context(open(files.enter_context(whole_file(PREDICTIONS_JSONL)), "w", encoding="utf-8")) \
+                if PREDICTIONS_JSONL else None
             table = csv.writer(file, quoting=csv.QUOTE_ALL, lineterminator="\n")
             table.writerow(["image_path", "label", "source", "prediction", "confidence"])
             for start in range(0, len(samples), CHUNK):
@@ -111,14 +270,21 @@ def main(arguments=()):
                         continue
                     report(path, label, reading)
                     table.writerow([path.as_posix(), label, source, reading.text, f"{reading.confidence:.4f}"])
+                    if lines:
+                        print(as_json(path, label, source, reading), file=lines)
                     to_check += reading.confidence < MIN_CONFIDENCE
                     if label:
-                        read.append((label, reading.text, source or "unnamed"))
+                        read.append((path, label, reading.text, reading.confidence, source or "unnamed"))
     except OSError as error:
         raise SystemExit(f"cannot write {PREDICTIONS_CSV}: {error}. Make room, or set PREDICTIONS_CSV to another place")
 
     if read:
-        print(f"{format_score_table(score_table(*zip(*read)))}\n")
+        import pandas as pd  # here, so that reading a single picture does not wait for it
+        rows = pd.DataFrame(read, columns=["path", "label", "prediction", "confidence", "source"])
+        print(f"{format_score_table(score_table(list(rows.label), list(rows.prediction), list(rows.source)))}\n")
+        if REPORT_DIR:
+            write_report(rows)
+            print(f"report: {Path(REPORT_DIR).as_posix()}/index.html")
     print(f"{len(samples) - skipped:,} pictures read, {to_check:,} of them below MIN_CONFIDENCE = {MIN_CONFIDENCE}; "
           f"{skipped:,} skipped; all in {PREDICTIONS_CSV}")
     return int(skipped > 0)

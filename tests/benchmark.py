@@ -6,6 +6,7 @@
 The pictures are drawn by prepare_ocr_dataset.py, once, into FOLDER. Every part trains from nothing but "own", which starts from
 OWN_START. Wall time, one run a figure unless the table says otherwise.
 """
+import itertools
 import math
 import random
 import shutil
@@ -36,7 +37,7 @@ RECIPE_SECONDS = 300  # of processor time for each variant of the part "recipe"
 SCALING_ROWS = 12_000  # of the part "scaling", and twice and four times as many
 PROCESSES_ROWS = 30_000  # of the part "processes", two epochs of them
 DRAWING_NUMBER = 8_000  # pictures of the part "drawing"
-STYLES_SECONDS = 200  # of processor time for each variant of the part "styles", on the pictures of DEFAULT_CSV
+STYLES_BATCHES = 1_800  # for each variant of the part "styles", on the pictures of DEFAULT_CSV
 DEFAULT_CSV = ROOT / "datasets" / "data.csv"  # of python prepare_ocr_dataset.py
 FOREIGN = FOLDER / "foreign"  # by python tests/draw_foreign.py datasets/benchmark/foreign 1 800: what the part "styles" measures on
 OWN_START = ROOT / "ocr_crnn_model" / "crnn.pth"  # the weights that the part "own" starts from
@@ -127,7 +128,7 @@ def speed():
 
 
 def train_by_clock(net, optimizers, buckets, seconds, clock):
-    """Train for so many seconds of a clock, with the one-cycle schedule of train_crnn.py by that clock. Returns the pictures seen."""
+    """Train for so many seconds, or other units, of a clock, with the one-cycle schedule of train_crnn.py by that clock. Returns the pictures seen."""
     torch.manual_seed(0)
     sizes, peaks, start, seen = train_crnn.common_sizes(buckets), [optimizer.defaults["lr"] for optimizer in optimizers], clock(), 0
     while True:
@@ -309,7 +310,7 @@ def merged(parts):
 
 
 def styles():
-    """Trained for the same processor time on all pictures, on the plain ones, and without each style in turn: val rows and foreign pictures."""
+    """Trained for the same number of batches on all pictures, on the plain ones, and without each style in turn: val rows and foreign pictures."""
     train_crnn.DATA_CSV = str(DEFAULT_CSV)
     rows, charset = train_crnn.read_rows("")
     parts, scored = {}, []
@@ -323,9 +324,9 @@ def styles():
     for left_out in ("nothing", "all styles", *sorted(set(parts) - {"plain", "custom"})):
         kept = [part for style, part in parts.items() if style == "plain" or left_out not in (style, "all styles")]
         net, optimizers = contenders(charset.num_classes)["ours"]
-        seen = train_by_clock(net, optimizers, merged(kept), STYLES_SECONDS, time.process_time)
+        seen = train_by_clock(net, optimizers, merged(kept), STYLES_BATCHES, itertools.count().__next__)
         table = crnn.score_table(list(scored.label), read_padded(net.crnn, charset, scored), list(scored.source))
-        results.append((f"styles, {STYLES_SECONDS} processor-seconds, without {left_out}",
+        results.append((f"styles, {STYLES_BATCHES:,} batches, without {left_out}",
                         ", ".join(f"{s} {table.exact[s]:.1%} / {table.CER[s]:.1%}" for s in table.index if s != "all") + f"; {seen:,} seen"))
         print(*results[-1], flush=True)
     return results

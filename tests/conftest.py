@@ -83,7 +83,7 @@ def infer(tmp_path, monkeypatch):
     """The inference script on the files of the fixtures above."""
     import inference_crnn as script
     tiny = dict(MODEL_PATH=str(tmp_path / "model" / "crnn.pth"), DATA_CSV=str(tmp_path / "datasets" / "data.csv"),
-                PREDICTIONS_CSV=str(tmp_path / "predictions.csv"), DEVICE="cpu")
+                PREDICTIONS_CSV=str(tmp_path / "predictions.csv"), REPORT_DIR=None, DEVICE="cpu")
     for name, value in tiny.items():
         monkeypatch.setattr(script, name, value)
     return script

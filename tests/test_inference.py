@@ -1,15 +1,18 @@
 """Reading: from Python, from the command line, and the three scripts in sequence."""
 import csv
+import json
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
+from PIL import Image
 
 from conftest import ROOT, fake_emnist, line_image, write_csv
-from crnn import CRNN, Charset, load_checkpoint, save_checkpoint
+from crnn import CRNN, Character, Charset, Reading, load_checkpoint, save_checkpoint
 
 
 @pytest.fixture
@@ -68,6 +71,46 @@ def test_low_confidence_is_marked(infer, checkpoint, tmp_path, monkeypatch, caps
     monkeypatch.setattr(infer, "MIN_CONFIDENCE", 0)
     infer.main([str(tmp_path / "x.png")])
     assert "please check" not in capsys.readouterr().out
+
+
+def test_programs_get_a_line_per_picture(infer, checkpoint, tmp_path, monkeypatch, capsys):
+    write_csv(tmp_path / "own", ["cat", "NA"], name="own.csv")
+    monkeypatch.setattr(infer, "PREDICTIONS_JSONL", str(tmp_path / "predictions.jsonl"))
+    infer.main([str(tmp_path / "own" / "own.csv")])
+    lines = [json.loads(line) for line in (tmp_path / "predictions.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [line["label"] for line in lines] == ["cat", "NA"] and [line["prediction"] for line in lines] == [r["prediction"] for r in predictions(infer)]
+    for line in lines:
+        assert "".join(c["character"] for c in line["characters"]) == line["prediction"]
+        assert all(0 <= c["left"] <= c["right"] <= 1 and 0 <= c["confidence"] <= 1 for c in line["characters"])
+
+
+def test_doubtful_characters_are_named(infer):
+    reading = Reading("O1", 0.3, [Character("O", 0.61, 0, 0.5, [("0", 0.37)]), Character("1", 0.9, 0.5, 1, [("l", 0.05)])])
+    assert infer.doubtful_characters(reading) == ": O 0.61 · 0 0.37"
+    assert infer.doubtful_characters(Reading("", 0.3, [])) == ""
+
+
+def test_the_report_counts_errors_and_stands_alone(infer, tmp_path, monkeypatch, capsys):
+    """A page with all its pictures in it, whose figures are those of known readings, awkward characters included."""
+    folder = tmp_path / "report"
+    monkeypatch.setattr(infer, "REPORT_DIR", str(folder))
+    labels, predictions = ["AA", "b c", "$5", "<b>", "one"], ["AA", "bc", "S5", "<b>", "One"]
+    csv_path = write_csv(tmp_path / "own", labels)
+    rows = pd.DataFrame(dict(path=[csv_path.parent / f"{i}.png" for i in range(5)], label=labels, prediction=predictions,
+                             confidence=[0.99, 0.4, 0.8, 0.9, 0.6], source="own"))
+    figures = dict(infer.summary(rows))
+    assert figures["exact match"] == "40.0% of 5" and figures["exact match but for case"] == "60.0% of 5"
+    assert figures["character error rate"].startswith("23.08%") and figures["characters not read"] == "1"
+    assert figures["characters read as another"] == "2" and figures["errors that are only of case"] == "1"
+    assert figures["spaces lost or invented"] == "1 among 1 spaces" and figures["exact match of lines with doubled characters"] == "100.0% of 1"
+    infer.write_report(rows)
+    page = (folder / "index.html").read_text(encoding="utf-8")
+    assert page.count("data:image/png;base64,") == 3 and "http" not in page and "<td>$<td>S<td>1" in page and "<td>own" in page
+    for name in ("confusions.png", "reject_curve.png", "worst_errors.png"):
+        with Image.open(folder / name) as picture:
+            assert picture.width > 300
+    infer.write_report(rows[:1])  # without any error
+    assert "100.0% of 1" in (folder / "index.html").read_text(encoding="utf-8")
 
 
 def test_unreadable_pictures_are_reported_and_the_rest_is_read(infer, checkpoint, tmp_path, capsys):
