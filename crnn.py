@@ -6,11 +6,14 @@ the text. Functions here take arguments only: the constants that a user edits ar
 
 Letters in shapes: N images, H height, W width in pixels, T frames (one per 4 pixels of width), C classes, D features.
 """
+import copy
 import csv
+import importlib.util
 import io
 import math
 import os
 import sys
+import warnings
 import zlib
 from contextlib import contextmanager
 from datetime import timedelta
@@ -220,21 +223,21 @@ class CRNN(nn.Module):
         self.linear = nn.Linear(2 * hidden, num_classes)
         self.to(memory_format=torch.channels_last)  # about 1.4 times faster on CPUs than channels first
 
-    def features(self, ink, widths):
-        """Ink (N, 1, H, W) and widths (N,) to one feature vector per frame, (T, N, D)."""
+    def features(self, ink, widths=None):
+        """Ink (N, 1, H, W) and widths (N,), None where nothing is padded, to one feature vector per frame, (T, N, D)."""
         x = ink.contiguous(memory_format=torch.channels_last)
-        padded = bool((widths < ink.shape[3]).any())  # most batches hold one width only and need no mask
+        padded = widths is not None and bool((widths < ink.shape[3]).any())  # most batches hold one width only and need no mask
         for conv, norm in zip(self.convolutions, self.norms):
             x = F.relu(norm(conv(x)))  # (N, 1, 32, W) -> (N, a, 16, W/2) -> (N, b, 8, W/4) -> (N, c, 4, W/4) -> (N, D, 1, W/4)
-            widths = (widths + conv.stride[1] - 1) // conv.stride[1]  # pixels -> columns of this layer
             if padded:
+                widths = (widths + conv.stride[1] - 1) // conv.stride[1]  # pixels -> columns of this layer
                 x = x * (torch.arange(x.shape[3], device=x.device) < widths[:, None].to(x.device))[:, None, None]
         return x.squeeze(2).permute(2, 0, 1)  # (N, D, 1, T) -> (T, N, D)
 
-    def sequence(self, features, frames):
-        """Features (T, N, D) and frames (N,) to logits (T, N, C)."""
+    def sequence(self, features, frames=None):
+        """Features (T, N, D) and frames (N,), None where nothing is padded, to logits (T, N, C)."""
         x = self.dropout(features)
-        if int(frames.min()) == x.shape[0]:
+        if frames is None or int(frames.min()) == x.shape[0]:
             x, _ = self.lstm(x)  # (T, N, D) -> (T, N, 2 * hidden)
         else:
             packed = nn.utils.rnn.pack_padded_sequence(x, frames.cpu(), enforce_sorted=False)
@@ -466,6 +469,39 @@ def load_checkpoint(path, device="cpu"):
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"{foreign} ({str(error).splitlines()[0]})") from None
     return model.to(device).eval(), charset, checkpoint["facts"]
+
+
+class Unpadded(nn.Module):
+    """What an exported CRNN computes, without what only padding needs."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, ink):
+        """Ink (N, 1, H, W), 0 = paper, 1 = ink, all of one width, to log-probabilities (T, N, C), T = W / 4 rounded up."""
+        return self.model.sequence(self.model.features(ink)).log_softmax(2)
+
+
+def export_onnx(path, model, charset):
+    """Write the network as ONNX, for any number of pictures of one common width: ink (N, 1, H, W) to log_probs (T, N, C).
+
+    The charset, whose characters are the classes from 1, is in the file's metadata. Raises ValueError, one line, when a
+    package that this needs is missing.
+    """
+    missing = [name for name in ("onnx", "onnxscript") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ValueError(f"writing {path} needs packages that are not installed: pip install {' '.join(missing)}")
+    model = copy.deepcopy(model).cpu().eval()
+    example = torch.zeros(2, 1, model.architecture["height"], 100)
+    sizes = {0: torch.export.Dim("N", min=1, max=2 ** 12), 3: torch.export.Dim("W", min=8, max=2 ** 14)}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the exporter about its own workings
+        program = torch.onnx.export(Unpadded(model), (example,), input_names=["ink"], output_names=["log_probs"],
+                                    dynamic_shapes={"ink": sizes}, dynamo=True, verbose=False)
+    program.model.metadata_props["charset"] = charset.characters
+    with whole_file(path) as temporary:
+        program.save(temporary, external_data=False)
 
 
 def read_labels(csv_path):

@@ -19,8 +19,8 @@ from pathlib import Path
 import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from crnn import (IMAGE_SUFFIXES, UNCALIBRATED, add_split, calibration_error, edits, fold_lookalikes, format_score_table, load_checkpoint,
-                  load_image, read_images, read_labels, score_table, whole_file)
+from crnn import (IMAGE_SUFFIXES, UNCALIBRATED, add_split, calibration_error, edits, export_onnx, fold_lookalikes, format_score_table,
+                  load_checkpoint, load_image, read_images, read_labels, score_table, whole_file)
 
 # ---------------------------------------------------------------------------------------------------------------------
 MODEL_PATH = "ocr_crnn_model/crnn.pth"  # checkpoint that train_crnn.py saved; charset and preprocessing come with it
@@ -30,6 +30,7 @@ BATCH_SIZE = 64  # pictures read at once
 MIN_CONFIDENCE = 0.5  # below this a reading is marked for a person to check
 PREDICTIONS_CSV = "predictions.csv"  # columns image_path,label,source,prediction,confidence
 PREDICTIONS_JSONL = None  # "predictions.jsonl": a line per picture with every character's confidence, place and alternatives; None: none
+ONNX_PATH = None  # "ocr_crnn_model/crnn.onnx" writes the model in that format too (pip install onnx onnxscript); None: not
 REPORT_DIR = "ocr_crnn_model/report"  # index.html and its plots, made where labels are known; None: none
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # where to read
 # ---------------------------------------------------------------------------------------------------------------------
@@ -246,6 +247,9 @@ def main(arguments=()):
     """Read what the arguments name, or test rows where there are none. Returns the exit status."""
     try:
         checkpoint = load_checkpoint(MODEL_PATH, DEVICE)
+        if ONNX_PATH:
+            export_onnx(ONNX_PATH, *checkpoint[:2])
+            print(f"{MODEL_PATH} written as {ONNX_PATH}")
         samples = find_pictures(arguments) if arguments else from_csv(DATA_CSV, only_test=True)
     except ValueError as error:
         raise SystemExit(str(error))

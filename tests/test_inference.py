@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from PIL import Image
 
 from conftest import ROOT, fake_emnist, line_image, write_csv
@@ -82,6 +83,31 @@ def test_programs_get_a_line_per_picture(infer, checkpoint, tmp_path, monkeypatc
     for line in lines:
         assert "".join(c["character"] for c in line["characters"]) == line["prediction"]
         assert all(0 <= c["left"] <= c["right"] <= 1 and 0 <= c["confidence"] <= 1 for c in line["characters"])
+
+
+def test_onnx_reads_what_pytorch_reads(infer, checkpoint, tmp_path, monkeypatch, capsys):
+    """Where its packages are installed; any number of pictures of any width."""
+    pytest.importorskip("onnxscript")
+    onnxruntime = pytest.importorskip("onnxruntime")
+    line_image("x").save(tmp_path / "x.png")
+    monkeypatch.setattr(infer, "ONNX_PATH", str(tmp_path / "model.onnx"))
+    assert infer.main([str(tmp_path / "x.png")]) == 0
+    model, charset, _ = load_checkpoint(checkpoint)
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
+    assert session.get_modelmeta().custom_metadata_map["charset"] == charset.characters
+    for number, width in ((1, 9), (1, 100), (3, 57), (8, 333)):
+        ink = torch.rand(number, 1, 32, width)
+        with torch.inference_mode():
+            expected = model(ink, torch.full((number,), width))[0].log_softmax(2)
+        assert np.allclose(session.run(None, {"ink": ink.numpy()})[0], expected.numpy(), atol=1e-3)
+
+
+def test_onnx_without_its_packages(infer, checkpoint, tmp_path, monkeypatch):
+    line_image("x").save(tmp_path / "x.png")
+    monkeypatch.setattr(infer, "ONNX_PATH", str(tmp_path / "model.onnx"))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(SystemExit, match="pip install onnx onnxscript"):
+        infer.main([str(tmp_path / "x.png")])
 
 
 def test_doubtful_characters_are_named(infer):
