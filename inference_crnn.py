@@ -11,8 +11,11 @@ import base64
 import csv
 import html
 import json
+import os
 import sys
+import zlib
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -32,6 +35,7 @@ PREDICTIONS_CSV = "predictions.csv"  # columns image_path,label,source,predictio
 PREDICTIONS_JSONL = None  # "predictions.jsonl": a line per picture with every character's confidence, place and alternatives; None: none
 ONNX_PATH = None  # "ocr_crnn_model/crnn.onnx" writes the model in that format too (pip install onnx onnxscript); None: not
 REPORT_DIR = "ocr_crnn_model/report"  # index.html and its plots, made where labels are known; None: none
+NUM_THREADS = os.cpu_count() or 1  # that decode pictures
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # where to read
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -47,17 +51,25 @@ def recognize(images, checkpoint=None):
     """
     model, charset, facts = checkpoint if isinstance(checkpoint, tuple) else load_checkpoint(checkpoint or MODEL_PATH, DEVICE)
     readings = [None] * len(images)
+    height = model.architecture["height"]
     for start in range(0, len(images), CHUNK):
-        pictures = {}
-        for i, image in enumerate(images[start:start + CHUNK], start):
-            try:
-                pictures[i] = load_image(image, model.architecture["height"])
-            except ValueError as error:
-                print(f"skipped: {error}", file=sys.stderr, flush=True)
+        with ThreadPoolExecutor(NUM_THREADS) as threads:  # Pillow decodes and scales outside of Python's lock
+            loaded = list(threads.map(lambda image: load_or_reason(image, height), images[start:start + CHUNK]))
+        pictures = {i: picture for i, picture in enumerate(loaded, start) if not isinstance(picture, str)}
+        for reason in filter(lambda picture: isinstance(picture, str), loaded):
+            print(f"skipped: {reason}", file=sys.stderr, flush=True)
         for i, reading in zip(pictures, read_images(model, charset, list(pictures.values()), BATCH_SIZE,
                                                      tuple(facts.get("calibration", UNCALIBRATED)))):
             readings[i] = reading
     return readings
+
+
+def load_or_reason(image, height):
+    """The picture as load_image gives it, or the line that says why it cannot be read."""
+    try:
+        return load_image(image, height)
+    except ValueError as error:
+        return str(error)
 
 
 def from_csv(path, only_test=False):
@@ -243,6 +255,65 @@ def write_report(rows):
         temporary.write_text("\n".join(page), encoding="utf-8")
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Results are written as they come, to hidden files that get their names when all is read
+
+def unfinished(path, samples):
+    """Where the results of reading these samples with this model stand until they are complete."""
+    work = zlib.crc32(repr(samples).encode(), zlib.crc32(Path(MODEL_PATH).read_bytes()))
+    return Path(path).with_name(f".{Path(path).name}.{work:08x}.part")
+
+
+def resume(paths):
+    """Cut files with a line per picture, the first with a header, to what all of them hold. Returns the rows of the first."""
+    if not all(path.exists() for path in paths):
+        return []
+    lines = [path.read_text(encoding="utf-8").split("\n")[:-1] for path in paths]  # what comes after the last line's end is half a line
+    complete = min([len(lines[0]) - 1] + [len(more) for more in lines[1:]])
+    rows = list(csv.reader(lines[0][:complete + 1]))[1:]
+    if len(rows) != complete or any(len(row) != 5 for row in rows):  # a label with a line break in it
+        return []
+    for path, kept, header in zip(paths, lines, (1, 0)):
+        path.write_text("".join(f"{line}\n" for line in kept[:complete + header]), encoding="utf-8", newline="\n")
+    return [(Path(path), label, source, prediction, float(confidence)) for path, label, source, prediction, confidence in rows]
+
+
+def read_all(samples, checkpoint):
+    """Read samples, print and write each reading. Returns rows (path, label, source, prediction, confidence), and how many were skipped."""
+    paths = [unfinished(path, samples) for path in (PREDICTIONS_CSV, PREDICTIONS_JSONL) if path]
+    paths[0].parent.mkdir(parents=True, exist_ok=True)
+    read = resume(paths)
+    done, skipped, rest = Counter(row[0] for row in read), 0, []
+    for sample in samples:
+        if done[sample[0]]:
+            done[sample[0]] -= 1
+        else:
+            rest.append(sample)
+    if read:
+        print(f"going on after {len(read):,} pictures that an interrupted run has read\n")
+    with ExitStack() as files:
+        file, *lines = [files.enter_context(open(path, "a" if read else "w", newline="", encoding="utf-8")) for path in paths]
+        table = csv.writer(file, quoting=csv.QUOTE_ALL, lineterminator="\n")
+        if not read:
+            table.writerow(["image_path", "label", "source", "prediction", "confidence"])
+        for start in range(0, len(rest), CHUNK):
+            chunk = rest[start:start + CHUNK]
+            for (path, label, source), reading in zip(chunk, recognize([path for path, _, _ in chunk], checkpoint)):
+                if reading is None:
+                    skipped += 1
+                    continue
+                report(path, label, reading)
+                read.append((path, label, source, reading.text, reading.confidence))
+                table.writerow([path.as_posix(), *read[-1][1:4], f"{reading.confidence:.4f}"])
+                for line in lines:
+                    print(as_json(path, label, source, reading), file=line)
+            for written in (file, *lines):
+                written.flush()
+    for path, name in zip(paths, filter(None, (PREDICTIONS_CSV, PREDICTIONS_JSONL))):
+        os.replace(path, name)
+    return read, skipped
+
+
 def main(arguments=()):
     """Read what the arguments name, or test rows where there are none. Returns the exit status."""
     try:
@@ -256,40 +327,22 @@ def main(arguments=()):
     if not samples:
         raise SystemExit(f"{DATA_CSV} has no test rows: name pictures instead, python inference_crnn.py PATH")
 
-    read = []  # (path, label, prediction, confidence, source) where the label is known
-    skipped = to_check = 0
     try:
-        with ExitStack() as files:
-            file = open(files.enter_context(whole_file(PREDICTIONS_CSV)), "w", newline="", encoding="utf-8")
-            files.enter_context(file)
-            lines = files.enter_context(open(files.enter_context(whole_file(PREDICTIONS_JSONL)), "w", encoding="utf-8")) \
-                if PREDICTIONS_JSONL else None
-            table = csv.writer(file, quoting=csv.QUOTE_ALL, lineterminator="\n")
-            table.writerow(["image_path", "label", "source", "prediction", "confidence"])
-            for start in range(0, len(samples), CHUNK):
-                chunk = samples[start:start + CHUNK]
-                for (path, label, source), reading in zip(chunk, recognize([path for path, _, _ in chunk], checkpoint)):
-                    if reading is None:
-                        skipped += 1
-                        continue
-                    report(path, label, reading)
-                    table.writerow([path.as_posix(), label, source, reading.text, f"{reading.confidence:.4f}"])
-                    if lines:
-                        print(as_json(path, label, source, reading), file=lines)
-                    to_check += reading.confidence < MIN_CONFIDENCE
-                    if label:
-                        read.append((path, label, reading.text, reading.confidence, source or "unnamed"))
+        read, skipped = read_all(samples, checkpoint)
     except OSError as error:
         raise SystemExit(f"cannot write {PREDICTIONS_CSV}: {error}. Make room, or set PREDICTIONS_CSV to another place")
+    except KeyboardInterrupt:
+        raise SystemExit("stopped: the same command goes on where it was")
 
-    if read:
+    if any(label for _, label, *_ in read):
         import pandas as pd  # here, so that reading a single picture does not wait for it
-        rows = pd.DataFrame(read, columns=["path", "label", "prediction", "confidence", "source"])
+        rows = pd.DataFrame([row for row in read if row[1]], columns=["path", "label", "source", "prediction", "confidence"])
+        rows["source"] = rows.source.replace("", "unnamed")
         print(f"{format_score_table(score_table(list(rows.label), list(rows.prediction), list(rows.source)))}\n")
         if REPORT_DIR:
             write_report(rows)
             print(f"report: {Path(REPORT_DIR).as_posix()}/index.html")
-    print(f"{len(samples) - skipped:,} pictures read, {to_check:,} of them below MIN_CONFIDENCE = {MIN_CONFIDENCE}; "
+    print(f"{len(read):,} pictures read, {sum(row[4] < MIN_CONFIDENCE for row in read):,} of them below MIN_CONFIDENCE = {MIN_CONFIDENCE}; "
           f"{skipped:,} skipped; all in {PREDICTIONS_CSV}")
     return int(skipped > 0)
 

@@ -515,7 +515,7 @@ def typewriter(ink):
 
 def dot_matrix(ink):
     """Of needles or lamps: one dot per cell of a coarse grid."""
-    rows, pitch = random.randint(15, 19), random.choice([3, 4])
+    rows, pitch = random.randint(17, 23), random.choice([3, 4])
     cells = cv2().resize(ink, (max(4, round(ink.shape[1] * rows / ink.shape[0])), rows), interpolation=cv2().INTER_AREA)
     place = np.linspace(-1, 1, pitch + 1)[:-1] + 1 / pitch
     dot = (random.uniform(1.15, 1.6) - np.hypot(*np.meshgrid(place, place))).clip(0, 1).astype(np.float32)
@@ -634,7 +634,7 @@ NUMBERS = dict(number=8, words=4, code=3, punctuated=3)
 STYLES = {
     PRINTED: {
         "form": Style(3, form), "fields": Style(1.5, on_cells, FIELDS, cells=True), "typewriter": Style(1, typewriter, fonts=MONO),
-        "dot matrix": Style(1, dot_matrix, NUMBERS, fonts=f"{MONO}|vt323|dot|pixel|press|silk|tiny"),
+        "dot matrix": Style(0.5, dot_matrix, NUMBERS, fonts=f"{MONO}|vt323|dot|pixel|press|silk|tiny"),
         "receipt": Style(2, receipt, NUMBERS, fonts=NARROW), "photograph": Style(3, photograph), "margins": Style(2, margins),
         "label": Style(2, label, dict(code=6, number=3, words=5, punctuated=1, single=1)), "low resolution": Style(2, low_resolution),
     },
@@ -717,7 +717,7 @@ def draw_line(text, font, alone=False, plain=True):
     wave = random.random() < 0.08 and height >= 36  # TRDG moves rows and columns by up to the root of the height
     image, mask = next(trdg_generator()(
         [f" {text} "], count=1, fonts=[font.path], size=height, text_color=colour,
-        word_split=random.random() < 0.75, character_spacing=random.choice([0, 0, 1, 2, height // 12]),
+        word_split=random.random() < 0.9, character_spacing=random.choice([0, 0, 1, 2, height // 12]),
         space_width=random.uniform(1, 1.7), skewing_angle=random.choice([0, 0, 1, 2, 3]), random_skew=True,
         distorsion_type=random.randint(1, 2) if wave else 0, distorsion_orientation=random.randint(0, 2),  # not 3: it tears strokes
         background_type=random.choice([0, 1]) if plain else 1, blur=random.choice([0, 0, 0.6, 1]) if plain else 0, random_blur=True,
@@ -1078,7 +1078,7 @@ def draw_sample(source, folder, index):
         raise CannotDraw(f"no {source} picture could be drawn in {TRIES} tries (the last label was {label!r}): are CHARSET, "
                          f"MAX_LENGTH and the fonts in {FONTS_DIR} too narrow for it? Set {SOURCES[source].number} = 0 to leave it out")
     name = f"{index:05}.png"
-    image.save(Path(folder) / name, compress_level=3)
+    image.save(Path(folder) / name, compress_level=1)
     return name, label, split_and_rank(index)[0], style
 
 

@@ -110,6 +110,36 @@ def test_onnx_without_its_packages(infer, checkpoint, tmp_path, monkeypatch):
         infer.main([str(tmp_path / "x.png")])
 
 
+@pytest.mark.parametrize("cut", [False, True])
+def test_an_interrupted_run_goes_on(infer, checkpoint, tmp_path, monkeypatch, capsys, cut):
+    """What is read is not read again, not even where the last line was cut in half; the end is that of an uninterrupted run."""
+    write_csv(tmp_path / "own", [f"w{i}" for i in range(12)], name="own.csv")
+    monkeypatch.setattr(infer, "CHUNK", 5)
+    monkeypatch.setattr(infer, "PREDICTIONS_JSONL", str(tmp_path / "predictions.jsonl"))
+    arguments = [str(tmp_path / "own" / "own.csv")]
+    infer.main(arguments)
+    whole = [(tmp_path / name).read_bytes() for name in ("predictions.csv", "predictions.jsonl")]
+    recognize, asked = infer.recognize, []
+
+    def stopped(images, checkpoint):
+        asked.extend(images)
+        if len(asked) == 10:
+            raise KeyboardInterrupt
+        return recognize(images, checkpoint)
+
+    monkeypatch.setattr(infer, "recognize", stopped)
+    with pytest.raises(SystemExit, match="goes on"):
+        infer.main(arguments)
+    if cut:
+        part, = tmp_path.glob(".predictions.csv.*.part")
+        part.write_bytes(part.read_bytes()[:-9])
+    del asked[:]
+    infer.main(arguments)
+    assert len(asked) == 7 + cut and "going on after" in capsys.readouterr().out
+    assert [(tmp_path / name).read_bytes() for name in ("predictions.csv", "predictions.jsonl")] == whole
+    assert not list(tmp_path.glob(".predictions*"))
+
+
 def test_doubtful_characters_are_named(infer):
     reading = Reading("O1", 0.3, [Character("O", 0.61, 0, 0.5, [("0", 0.37)]), Character("1", 0.9, 0.5, 1, [("l", 0.05)])])
     assert infer.doubtful_characters(reading) == ": O 0.61 · 0 0.37"
