@@ -74,6 +74,14 @@ def test_low_confidence_is_marked(infer, checkpoint, tmp_path, monkeypatch, caps
     assert "please check" not in capsys.readouterr().out
 
 
+def test_foreign_pictures_can_be_read(infer, checkpoint, capsys):
+    """The test set that other programs made: complete, and every picture of it loads."""
+    assert infer.main([str(ROOT / "tests" / "foreign" / "labels.csv")]) == 0
+    rows = predictions(infer)
+    assert len(rows) == 120 and len({row["image_path"] for row in rows}) == 120 and all(row["label"] for row in rows)
+    assert {row["source"] for row in rows} == {"form", "receipt", "label", "screen", "hand", "math", "single", "typeset"}
+
+
 def test_programs_get_a_line_per_picture(infer, checkpoint, tmp_path, monkeypatch, capsys):
     write_csv(tmp_path / "own", ["cat", "NA"], name="own.csv")
     monkeypatch.setattr(infer, "PREDICTIONS_JSONL", str(tmp_path / "predictions.jsonl"))
