@@ -213,8 +213,8 @@ def draw_errors(rows, path, most=60):
     columns, width, height = 4, 300, 84
     sheet = Image.new("RGB", (columns * width, max(1, -(-len(wrong) // columns)) * height), "white")
     draw = ImageDraw.Draw(sheet)
-    folder = Path(__file__).parent / "myFonts" / "DejaVuSans.ttf"
-    font = ImageFont.truetype(str(folder), 13) if folder.exists() else ImageFont.load_default(13)
+    ours = Path(__file__).parent / "myFonts" / "DejaVuSans.ttf"
+    font = ImageFont.truetype(str(ours), 13) if ours.exists() else ImageFont.load_default(13)
     for i, row in enumerate(wrong.itertuples()):
         x, y = i % columns * width + 6, i // columns * height + 4
         picture = Image.fromarray(load_image(row.path).numpy())

@@ -1153,11 +1153,13 @@ def drawn_so_far(count, fingerprint, folder, staging):
     return rows
 
 
-def draw_source(source, count, folder, staging):
-    """Draw what is missing of the first count samples of a source into staging. Returns all rows, and how many of them are new."""
+def draw_source(source, count, mark, folder, staging):
+    """Draw what is missing of the first count samples of a source into staging. Returns all rows, and how many of them are new.
+
+    mark: the source's fingerprint.
+    """
     from crnn import gather, rank
 
-    mark = fingerprint(source)
     kept = gather(drawn_so_far(count, mark, folder, staging) if rank() == 0 else None)[0]  # looked up before anyone draws
     missing = [i for i in range(count) if i not in kept]
     if missing:
@@ -1318,14 +1320,14 @@ def main():
     datasets = Path(DATASETS_DIR)
     staging = datasets / ".drawing"  # what stood before stays in place until all is drawn
     try:
-        rows, new = {}, {}
+        rows, new, marks = {}, {}, {source: fingerprint(source) for source in counts}
         for source, count in counts.items():
-            rows[source], new[source] = draw_source(source, count, datasets / source, staging / source)
+            rows[source], new[source] = draw_source(source, count, marks[source], datasets / source, staging / source)
         if rank() > 0:
             return  # the first process sees to the rest
         (datasets / "data.csv").unlink(missing_ok=True)  # its labels belong to the former pictures
         for source in counts:
-            move_in(staging / source, datasets / source, fingerprint(source), rows[source])
+            move_in(staging / source, datasets / source, marks[source], rows[source])
         table = pd.DataFrame([(f"{source}/{name}", label, source, split, style) for source in counts for name, label, split, style in rows[source]],
                              columns=["image_path", "label", "source", "split", "style"])
         table = pd.concat([table, custom_rows()], ignore_index=True)
