@@ -287,14 +287,17 @@ def greedy_decode(logits, frames, charset, calibration=UNCALIBRATED):
         runs = groupby(range(count), key=line_classes.__getitem__)
         paths.append([(c, max(run, key=line_best.__getitem__)) for c, run in runs if c != BLANK])
     confidences = text_probability(log_probs, frames.cpu(), [[c for c, _ in path] for path in paths])
+    at_peaks = iter(likeliest(log_probs, paths))  # for every character of every line
     readings = []
     for line, (path, count) in enumerate(zip(paths, frames.tolist())):
+        candidates = [next(at_peaks) for _ in path]
         text = charset.decode([c for c, _ in path])
         start = len(text) - len(text.lstrip(" "))
         text = text.strip(" ")
         peaks = [peak for _, peak in path[start:start + len(text)]]
-        characters = list(map(Character, text, [best[line][peak] for peak in peaks], *extents(peaks, count),
-                              alternatives(log_probs[peaks, line], text, charset)))
+        others = [[(charset.characters[c - 1], p) for c, p in likely if charset.characters[c - 1] != character]
+                  for character, likely in zip(text, candidates[start:])]
+        characters = list(map(Character, text, [best[line][peak] for peak in peaks], *extents(peaks, count), others))
         readings.append(Reading(text, calibrated(confidences[line], calibration), characters))
     return readings
 
@@ -309,12 +312,13 @@ def extents(peaks, count):
     return [first, *between], [*between, last]
 
 
-def alternatives(log_probs, text, charset):
-    """For each character of a text, the others that are likely in its place. log_probs (characters, C)."""
-    probabilities, classes = log_probs.exp().topk(min(4, log_probs.shape[1]), dim=1)  # both (characters, 4)
-    candidates = [[(charset.characters[c - 1], p) for c, p in zip(*line) if c != BLANK and p >= MIN_ALTERNATIVE]
-                  for line in zip(classes.tolist(), probabilities.tolist())]
-    return [[(other, p) for other, p in others if other != character] for character, others in zip(text, candidates)]
+def likeliest(log_probs, paths):
+    """At every peak of every path, the classes that are likely there, as lists of (class, probability). log_probs (T, N, C)."""
+    peaks = [peak for path in paths for _, peak in path]
+    lines = [line for line, path in enumerate(paths) for _ in path]
+    probabilities, classes = log_probs[peaks, lines].exp().topk(min(4, log_probs.shape[2]), dim=1)  # both (peaks, 4)
+    return [[(c, p) for c, p in zip(*at_peak) if c != BLANK and p >= MIN_ALTERNATIVE]
+            for at_peak in zip(classes.tolist(), probabilities.tolist())]
 
 
 def text_probability(log_probs, frames, targets):
