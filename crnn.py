@@ -443,10 +443,14 @@ def save_tensors(path, content):
         temporary.write_bytes(memory.getbuffer())
 
 
-def save_checkpoint(path, model, charset, **facts):
-    """Write all that reading needs, whole or not at all. facts: plain values for the log, such as epoch and accuracy."""
-    checkpoint = dict(format=CHECKPOINT_FORMAT, charset=charset.characters, architecture=model.architecture,
-                      weights={k: v.detach().cpu() for k, v in model.state_dict().items()}, facts=facts)
+def save_checkpoint(path, model, charset, precision="float32", **facts):
+    """Write all that reading needs, whole or not at all. facts: plain values for the log, such as epoch and accuracy.
+
+    precision: of the weights in the file; the network that load_checkpoint makes of them computes in float32 either way.
+    """
+    dtype = getattr(torch, precision)
+    weights = {k: v.detach().cpu().to(dtype if v.is_floating_point() else v.dtype) for k, v in model.state_dict().items()}
+    checkpoint = dict(format=CHECKPOINT_FORMAT, charset=charset.characters, architecture=model.architecture, weights=weights, facts=facts)
     save_tensors(path, checkpoint)
 
 

@@ -27,6 +27,7 @@ from crnn import (IMAGE_SUFFIXES, UNCALIBRATED, add_split, calibration_error, ed
 
 # ---------------------------------------------------------------------------------------------------------------------
 MODEL_PATH = "ocr_crnn_model/crnn.pth"  # checkpoint that train_crnn.py saved; charset and preprocessing come with it
+PRETRAINED = "ocr_crnn_model/pretrained.pth"  # the checkpoint to read with where there is no MODEL_PATH
 DATA_CSV = "datasets/data.csv"  # whose test rows are read when no paths are given
 NUM_SAMPLES = 20  # how many of them, spread over all
 BATCH_SIZE = 64  # pictures read at once
@@ -42,14 +43,19 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # where to read
 CHUNK = 1024  # pictures held in memory at a time
 
 
+def model_path():
+    """The checkpoint to read with."""
+    return PRETRAINED if Path(PRETRAINED).is_file() and not Path(MODEL_PATH).is_file() else MODEL_PATH
+
+
 def recognize(images, checkpoint=None):
     """Read paths, PIL images or arrays (H, W[, 3 or 4]), each a picture of one line.
 
-    checkpoint: its path, or what crnn.load_checkpoint returned; None: MODEL_PATH.
+    checkpoint: its path, or what crnn.load_checkpoint returned; None: model_path().
     Returns a list as long as images of crnn.Reading (text, confidence, characters), None where a picture cannot be read;
     why is printed to standard error. Raises ValueError when the checkpoint is missing or is not one.
     """
-    model, charset, facts = checkpoint if isinstance(checkpoint, tuple) else load_checkpoint(checkpoint or MODEL_PATH, DEVICE)
+    model, charset, facts = checkpoint if isinstance(checkpoint, tuple) else load_checkpoint(checkpoint or model_path(), DEVICE)
     readings = [None] * len(images)
     height = model.architecture["height"]
     for start in range(0, len(images), CHUNK):
@@ -260,7 +266,7 @@ def write_report(rows):
 
 def unfinished(path, samples):
     """Where the results of reading these samples with this model stand until they are complete."""
-    work = zlib.crc32(repr(samples).encode(), zlib.crc32(Path(MODEL_PATH).read_bytes()))
+    work = zlib.crc32(repr(samples).encode(), zlib.crc32(Path(model_path()).read_bytes()))
     return Path(path).with_name(f".{Path(path).name}.{work:08x}.part")
 
 
@@ -317,10 +323,11 @@ def read_all(samples, checkpoint):
 def main(arguments=()):
     """Read what the arguments name, or test rows where there are none. Returns the exit status."""
     try:
-        checkpoint = load_checkpoint(MODEL_PATH, DEVICE)
+        checkpoint = load_checkpoint(model_path(), DEVICE)
+        print(f"reading with {model_path()}")
         if ONNX_PATH:
             export_onnx(ONNX_PATH, *checkpoint[:2])
-            print(f"{MODEL_PATH} written as {ONNX_PATH}")
+            print(f"{model_path()} written as {ONNX_PATH}")
         samples = find_pictures(arguments) if arguments else from_csv(DATA_CSV, only_test=True)
     except ValueError as error:
         raise SystemExit(str(error))

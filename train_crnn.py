@@ -37,11 +37,12 @@ from crnn import (BLANK, CRNN, HEIGHT, UNCALIBRATED, Charset, add_split, calibra
 DATA_CSV = "datasets/data.csv"  # columns image_path,label and, where there are, source,split; paths relative to its folder
 MODEL_PATH = "ocr_crnn_model/crnn.pth"  # the best epoch; history.csv, the curves and the state to resume from lie beside it
 INIT_WEIGHTS = None  # checkpoint to start from, its output rows carried over by character; None: from nothing
+FILE_PRECISION = "float32"  # of the weights in MODEL_PATH; "float16" halves the file
 RESUME = False  # go on from the last complete epoch of the same data and constants
 MIN_CHARACTER_ROWS = 3  # a character in fewer training labels than this is taken for a slip, and its rows are left out
 MAX_MEMORY = 8.0  # GB of training pictures that are held in memory; more of them go to a temporary file beside MODEL_PATH
 
-# Network
+# Network; with INIT_WEIGHTS it is that checkpoint's
 CHANNELS = (32, 64, 96, 192)  # of the CNN's stages; the last is the number of features per frame
 HIDDEN = 192  # LSTM units in each direction
 DROPOUT = 0.0  # share of the features and of the LSTM's output that is zeroed in training
@@ -393,12 +394,12 @@ class WithShortcut(nn.Module):
         return self.crnn.sequence(features, num_frames(widths)), self.shortcut(features)
 
 
-def carry_over(model, charset, path):
-    """Start from the weights of another checkpoint: output rows by character, all the rest as it is. Says which are new."""
+def carry_over(path, charset):
+    """The network of another checkpoint with its weights, but the output rows of this charset: by character, new ones from nothing."""
     source, known, _ = load_checkpoint(path)
-    wanted = dict(model.architecture, num_classes=0, dropout=0)
-    if dict(source.architecture, num_classes=0, dropout=0) != wanted:
-        raise SystemExit(f"INIT_WEIGHTS {path} holds another network ({source.architecture}): set CHANNELS and HIDDEN to match")
+    if source.architecture["height"] != HEIGHT:
+        raise SystemExit(f"INIT_WEIGHTS {path} reads pictures of {source.architecture['height']} rows, not of {HEIGHT}")
+    model = CRNN(**dict(source.architecture, num_classes=charset.num_classes, dropout=DROPOUT))
     weights = source.state_dict()
     for name in ("linear.weight", "linear.bias"):
         rows = model.state_dict()[name].clone()
@@ -410,6 +411,7 @@ def carry_over(model, charset, path):
     model.load_state_dict(weights)
     new = [c for c in charset.characters if c not in known.index]
     print(f"starting from {path}; characters that it did not know: {' '.join(map(describe, new)) or 'none'}")
+    return model
 
 
 def train_epoch(net, optimizers, schedules, scaler, buckets, sizes, description):
@@ -498,7 +500,7 @@ def keep_former_model():
 def fingerprint(rows):
     """What must be the same for a resumed training to reach the same weights: the rows, and the constants that shape a step."""
     text = rows[["image_path", "label", "split"]].to_csv(index=False)
-    constants = (CHANNELS, HIDDEN, DROPOUT, EPOCHS, MIN_STEPS, BATCH_SIZE, MATRIX_LEARNING_RATE, LEARNING_RATE, WARM_UP, WEIGHT_DECAY,
+    constants = (INIT_WEIGHTS, CHANNELS, HIDDEN, DROPOUT, EPOCHS, MIN_STEPS, BATCH_SIZE, MATRIX_LEARNING_RATE, LEARNING_RATE, WARM_UP, WEIGHT_DECAY,
                  SHORTCUT_WEIGHT, FROZEN_NORMS, AUGMENT, SEED, PRECISION, world_size())
     return f"{zlib.crc32(text.encode()):08x} {constants}"
 
@@ -584,9 +586,10 @@ def main():
         raise SystemExit(f"{len(rows)} rows are too few to be shared among {world_size()} processes: start fewer")
     epochs = max(EPOCHS, -(-MIN_STEPS // batches))
 
-    model = CRNN(charset.num_classes, HEIGHT, CHANNELS, HIDDEN, DROPOUT)
     if INIT_WEIGHTS:
-        carry_over(model, charset, INIT_WEIGHTS)
+        model = carry_over(INIT_WEIGHTS, charset)
+    else:
+        model = CRNN(charset.num_classes, HEIGHT, CHANNELS, HIDDEN, DROPOUT)
     net = WithShortcut(model).to(device)
     optimizers, schedules = make_optimizers(net, epochs * batches)
     scaler = torch.amp.GradScaler(device.type, enabled=arithmetic(device.type) == torch.float16)
@@ -630,7 +633,7 @@ def main():
                 if exact > state["best"]:
                     if state["best"] < 0:
                         keep_former_model()
-                    save_checkpoint(MODEL_PATH, model, charset, epoch=epoch, val_exact=exact, val_cer=cer, data=str(DATA_CSV),
+                    save_checkpoint(MODEL_PATH, model, charset, FILE_PRECISION, epoch=epoch, val_exact=exact, val_cer=cer, data=str(DATA_CSV),
                                     rows=int((rows.split == "train").sum()), seed=SEED)
                 state["best"] = max(state["best"], exact)
                 save_state(state, parts)
@@ -648,7 +651,7 @@ def main():
     seen = read(best, charset, val)
     calibration = calibrate(list(seen.confidence), list(seen.label == seen.prediction))
     if rank() == 0:
-        save_checkpoint(MODEL_PATH, best, charset, **dict(facts, calibration=list(calibration)))
+        save_checkpoint(MODEL_PATH, best, charset, FILE_PRECISION, **dict(facts, calibration=list(calibration)))
     print(f"✅ Model saved to {MODEL_PATH}")
 
     if sum(gather(len(test))):

@@ -72,7 +72,7 @@ def train(tmp_path, monkeypatch):
     """The training script with a small network and its own model folder."""
     import train_crnn as script
     tiny = dict(MODEL_PATH=str(tmp_path / "model" / "crnn.pth"), DATA_CSV=str(tmp_path / "datasets" / "data.csv"), NUM_WORKERS=1,
-                CHANNELS=(8, 16, 24, 32), HIDDEN=32, EPOCHS=1, MIN_STEPS=0, MIN_CHARACTER_ROWS=1, DEVICE="cpu")
+                INIT_WEIGHTS=None, CHANNELS=(8, 16, 24, 32), HIDDEN=32, EPOCHS=1, MIN_STEPS=0, MIN_CHARACTER_ROWS=1, DEVICE="cpu")
     for name, value in tiny.items():
         monkeypatch.setattr(script, name, value)
     return script
@@ -83,6 +83,7 @@ def infer(tmp_path, monkeypatch):
     """The inference script on the files of the fixtures above."""
     import inference_crnn as script
     tiny = dict(MODEL_PATH=str(tmp_path / "model" / "crnn.pth"), DATA_CSV=str(tmp_path / "datasets" / "data.csv"),
+                PRETRAINED=str(tmp_path / "no pretrained.pth"),
                 PREDICTIONS_CSV=str(tmp_path / "predictions.csv"), REPORT_DIR=None, DEVICE="cpu")
     for name, value in tiny.items():
         monkeypatch.setattr(script, name, value)

@@ -232,6 +232,16 @@ def test_checkpoint_round_trip(tmp_path):
     assert [p.name for p in (tmp_path / "new folder").iterdir()] == ["ü.pth"]  # no temporary file left
 
 
+def test_half_precision_halves_the_file(tmp_path):
+    model, charset = small_model(Charset(CHARSET)), Charset(CHARSET)
+    save_checkpoint(tmp_path / "full.pth", model, charset)
+    save_checkpoint(tmp_path / "half.pth", model, charset, "float16")
+    assert (tmp_path / "half.pth").stat().st_size < 0.65 * (tmp_path / "full.pth").stat().st_size
+    again = load_checkpoint(tmp_path / "half.pth")[0]
+    assert all(a.dtype == b.dtype and torch.allclose(a, b, rtol=1e-3, atol=1e-6)
+               for a, b in zip(model.state_dict().values(), again.state_dict().values()))
+
+
 class Malicious:
     def __init__(self, path):
         self.path = path

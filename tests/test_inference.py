@@ -2,6 +2,7 @@
 import csv
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -62,6 +63,21 @@ def test_the_constant_number_of_test_rows(infer, checkpoint, tmp_path, monkeypat
     assert infer.main() == 0
     rows = predictions(infer)
     assert 5 <= len(rows) <= 7 and all(int(row["label"][1:]) % 2 for row in rows)
+
+
+def test_the_shipped_weights_stand_in_for_a_model_of_ones_own(infer, checkpoint, tmp_path, monkeypatch, capsys):
+    line_image("abc").save(tmp_path / "line.png")
+    shipped = tmp_path / "pretrained.pth"
+    shutil.copy(checkpoint, shipped)
+    monkeypatch.setattr(infer, "PRETRAINED", str(shipped))
+    infer.main([str(tmp_path / "line.png")])
+    assert f"reading with {checkpoint}" in capsys.readouterr().out
+    Path(checkpoint).unlink()
+    infer.main([str(tmp_path / "line.png")])
+    assert f"reading with {shipped}" in capsys.readouterr().out and infer.recognize([line_image("abc")])[0] is not None
+    shipped.unlink()
+    with pytest.raises(SystemExit, match="no .*crnn.pth: run python train_crnn.py first"):
+        infer.main([str(tmp_path / "line.png")])
 
 
 def test_low_confidence_is_marked(infer, checkpoint, tmp_path, monkeypatch, capsys):

@@ -141,9 +141,10 @@ def test_starts_from_other_weights_by_character(train, own_csv, tmp_path, monkey
     before, known, _ = load_checkpoint(train.MODEL_PATH)
     charset = Charset("é" + known.characters[::-1])
     torch.manual_seed(1)
-    model = train.CRNN(charset.num_classes, 32, train.CHANNELS, train.HIDDEN)
-    fresh = model.linear.weight[charset.index["é"]].clone()
-    train.carry_over(model, charset, train.MODEL_PATH)
+    load_checkpoint(train.MODEL_PATH)  # makes a network too, from the same chance
+    fresh = train.CRNN(**dict(before.architecture, num_classes=charset.num_classes)).linear.weight[charset.index["é"]]
+    torch.manual_seed(1)
+    model = train.carry_over(train.MODEL_PATH, charset)
     for c in known.characters:
         assert torch.equal(model.linear.weight[charset.index[c]], before.linear.weight[known.index[c]])
     assert torch.equal(model.linear.weight[0], before.linear.weight[0]) and torch.equal(model.linear.weight[charset.index["é"]], fresh)
@@ -151,7 +152,9 @@ def test_starts_from_other_weights_by_character(train, own_csv, tmp_path, monkey
     assert "did not know: 'é' (U+00E9)" in capsys.readouterr().out
     monkeypatch.setattr(train, "INIT_WEIGHTS", train.MODEL_PATH)
     monkeypatch.setattr(train, "MODEL_PATH", str(tmp_path / "tuned" / "crnn.pth"))
+    monkeypatch.setattr(train, "HIDDEN", 16)  # the checkpoint's own counts
     train.main()
+    assert load_checkpoint(train.MODEL_PATH)[0].architecture["hidden"] == 32
     monkeypatch.setattr(train, "INIT_WEIGHTS", str(tmp_path / "no such.pth"))
     with pytest.raises(SystemExit, match="INIT_WEIGHTS: no .*no such.pth"):
         train.main()
