@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from crnn import (BLANK, CRNN, HEIGHT, UNCALIBRATED, Charset, add_split, calibrate, calibration_error, describe, format_score_table,
+from crnn import (BLANK, CRNN, HEIGHT, UNCALIBRATED, Charset, add_split, arithmetic, calibrate, calibration_error, describe, format_score_table,
                   frames_needed, gather, join_processes, load_checkpoint, load_image, num_frames, rank, read_images, read_labels,
                   save_checkpoint, save_tensors, score_table, to_ink, whole_file, workers_per_process, world_size)
 
@@ -351,7 +351,7 @@ NEWTON_SCHULZ = ((4.7229, -12.9631, 9.3512), (3.3768, -6.3701, 3.3536), (3.2799,
 def orthogonal(x):
     """Matrices (N, rows, columns) to their nearest orthogonal ones, roughly: Newton-Schulz steps bring all singular values near 1."""
     wide = x.mT if x.shape[1] > x.shape[2] else x
-    wide = (wide / (wide.norm(dim=(1, 2), keepdim=True) + 1e-7)).to(arithmetic(x.device.type))
+    wide = (wide / (wide.norm(dim=(1, 2), keepdim=True) + 1e-7)).to(arithmetic(x.device.type, PRECISION))
     for a, b, c in NEWTON_SCHULZ:
         square = wide @ wide.mT
         wide = torch.baddbmm(wide, torch.baddbmm(square, square, square, beta=b, alpha=c), wide, beta=a)
@@ -366,16 +366,6 @@ def make_optimizers(net, steps):
     schedules = [torch.optim.lr_scheduler.OneCycleLR(optimizer, optimizer.defaults["lr"], total_steps=steps + 1, pct_start=WARM_UP,
                                                      cycle_momentum=False) for optimizer in optimizers]
     return optimizers, schedules
-
-
-def arithmetic(device_type):
-    """The dtype of PRECISION; where that is None, bfloat16 if the hardware computes in it, and float16 on older GPUs."""
-    if PRECISION:
-        return getattr(torch, PRECISION)
-    if device_type == "cuda":
-        return torch.bfloat16 if torch.cuda.get_device_capability() >= (8, 0) else torch.float16
-    able = torch.cpu.get_capabilities() if device_type == "cpu" and hasattr(torch.cpu, "get_capabilities") else {}
-    return torch.bfloat16 if able.get("avx512_bf16") or able.get("amx_bf16") else torch.float32
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -427,7 +417,7 @@ def train_epoch(net, optimizers, schedules, scaler, buckets, sizes, description)
             ink = augment(ink, AUGMENT)
         widths = torch.full((len(indices),), ink.shape[3])  # the padding is paper, and counts as part of the picture
         targets, frames, lengths = bucket.targets[indices], num_frames(widths), bucket.lengths[indices]  # (N, longest), (N,), (N,)
-        with torch.autocast(device.type, arithmetic(device.type), enabled=arithmetic(device.type) != torch.float32):
+        with torch.autocast(device.type, arithmetic(device.type, PRECISION), enabled=arithmetic(device.type, PRECISION) != torch.float32):
             logits, shortcut = net(ink, widths)  # (T, N, C) each
         loss = ctc_loss(logits, targets, frames, lengths)
         for optimizer in optimizers:
@@ -592,11 +582,11 @@ def main():
         model = CRNN(charset.num_classes, HEIGHT, CHANNELS, HIDDEN, DROPOUT)
     net = WithShortcut(model).to(device)
     optimizers, schedules = make_optimizers(net, epochs * batches)
-    scaler = torch.amp.GradScaler(device.type, enabled=arithmetic(device.type) == torch.float16)
+    scaler = torch.amp.GradScaler(device.type, enabled=arithmetic(device.type, PRECISION) == torch.float16)
     parts = dict(net=net, scaler=scaler, **{f"optimizer {i}": optimizer for i, optimizer in enumerate(optimizers)},
                  **{f"schedule {i}": schedule for i, schedule in enumerate(schedules)})
     print(f"{sum(p.numel() for p in model.parameters()):,} weights, {epochs} epochs of {batches:,} batches on {device} in "
-          f"{arithmetic(device.type)}" + f", {world_size()} processes" * (world_size() > 1))
+          f"{arithmetic(device.type, PRECISION)}" + f", {world_size()} processes" * (world_size() > 1))
 
     # best: exact match of the saved epoch, below 0 before there is one
     state = dict(epoch=0, best=-1.0, seconds=0.0, history=[], fingerprint=fingerprint(rows))

@@ -1,13 +1,17 @@
-"""Measure what the README claims of drawing and training. By hand, on an idle machine; about two hours for all parts on 2 cores.
+"""Measure what the README claims. By hand, on an idle machine; about two and a half hours for all parts on 2 cores.
 
     python tests/benchmark.py                      all parts, then one table
-    python tests/benchmark.py speed race           some of them: drawing styles speed target race recipe scaling processes own
+    python tests/benchmark.py reading peers        some of them: drawing styles speed target race recipe scaling processes own
+                                                   reading peers starting damaged memory
 
-The pictures are drawn by prepare_ocr_dataset.py, once, into FOLDER. Every part trains from nothing but "own", which starts from
-OWN_START. Wall time, one run a figure unless the table says otherwise.
+The pictures are drawn by prepare_ocr_dataset.py, once, into FOLDER; those of the parts reading, peers and styles by its default
+constants, and they must be there. Every part trains from nothing but "own", which starts from OWN_START. The other recognisers
+are called by peers.py. Wall time, one run a figure unless the table says otherwise.
 """
+import io
 import itertools
 import math
+import os
 import random
 import shutil
 import statistics
@@ -25,6 +29,8 @@ from torch import nn
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import crnn
+import inference_crnn
+import peers as others
 import prepare_ocr_dataset
 import train_crnn
 
@@ -41,7 +47,11 @@ STYLES_BATCHES = 1_800  # for each variant of the part "styles", on the pictures
 DEFAULT_CSV = ROOT / "datasets" / "data.csv"  # of python prepare_ocr_dataset.py
 FOREIGN = FOLDER / "foreign"  # by python tests/draw_foreign.py datasets/benchmark/foreign 1 800: what the part "styles" measures on
 OWN_START = ROOT / "ocr_crnn_model" / "crnn.pth"  # the weights that the part "own" starts from
-REPEATS = 5  # of each timing of the part "speed"
+REPEATS = 5  # of each timing of the parts "speed", "reading" and "starting"
+READING_WORDS = 480  # printed words of about 100 pixels, of the part "reading"
+PEERS_ROWS = 400  # test rows of each source of DEFAULT_CSV, of the part "peers"
+DAMAGED_FILES = 2_000  # of the part "damaged"
+MEMORY_PICTURES = 10_000, 100_000  # of the part "memory"
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -95,7 +105,7 @@ def contenders(num_classes):
 def step(net, optimizers, ink, targets, lengths):
     """One training step in the precision that train_crnn.py would choose, as its train_epoch does it."""
     widths = torch.full((len(ink),), ink.shape[3])
-    dtype = train_crnn.arithmetic("cpu")
+    dtype = crnn.arithmetic("cpu", train_crnn.PRECISION)
     with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
         logits, shortcut = net(train_crnn.augment(ink, train_crnn.AUGMENT), widths)
     loss = train_crnn.ctc_loss(logits, targets, crnn.num_frames(widths), lengths)
@@ -122,7 +132,7 @@ def speed():
                 start = time.perf_counter()
                 step(net, optimizers, ink, targets, lengths)
                 seconds.append(time.perf_counter() - start)
-            rows.append((f"speed, {str(train_crnn.arithmetic('cpu')).split('.')[1]}: {name}, {count_weights(net) / 1e6:.1f} M weights",
+            rows.append((f"speed, {str(crnn.arithmetic('cpu', train_crnn.PRECISION)).split('.')[1]}: {name}, {count_weights(net) / 1e6:.1f} M weights",
                          f"{64 / statistics.median(seconds):.0f} lines/s ({64 / max(seconds):.0f} to {64 / min(seconds):.0f})"))
     return rows
 
@@ -226,7 +236,7 @@ def train(name, processes=1, **constants):
     """Train in a process of its own. Returns the last row of history.csv, minutes, and the peak memory in GB."""
     folder = FOLDER / "models" / name
     shutil.rmtree(folder, ignore_errors=True)
-    constants = dict(dict(MIN_STEPS=0), MODEL_PATH=str(folder / "crnn.pth"), **constants)
+    constants = dict(dict(MIN_STEPS=0, INIT_WEIGHTS=None), MODEL_PATH=str(folder / "crnn.pth"), **constants)
     script = Path(tempfile.mkdtemp()) / "run.py"
     script.write_text(f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nimport train_crnn\nvars(train_crnn).update({constants!r})\n"
                       "if __name__ == '__main__':\n    train_crnn.main()\n"
@@ -373,8 +383,140 @@ def own():
     return results
 
 
+def run_reader(name, csv, core=0, tall=False, passes=1):
+    """Start a recogniser on a csv, on one core. Returns the process, and where its readings will be."""
+    out = FOLDER / "peers" / f"{Path(csv).stem}.{name.replace(' ', '_')}{'.tall' * tall}.csv"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    environment = dict(os.environ, PEERS_CORE=str(core), PEERS_TALL="1" if tall else "")
+    return subprocess.Popen([sys.executable, str(ROOT / "tests" / "peers.py"), name, str(csv), str(out), str(passes)], env=environment, cwd=ROOT,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, encoding="utf-8"), out
+
+
+def finished(name, process):
+    """The last line that a recogniser printed: lines a second, or why it is missing."""
+    output, errors = process.communicate()
+    if process.returncode not in (0, 3):
+        raise SystemExit(f"{name} failed:\n{errors[-2000:]}")
+    return output.strip().splitlines()[-1]
+
+
+def reading():
+    """Lines a second on one thread, from a grey picture in memory to its text: single printed words, brought to height 32, 80 to 120 pixels wide."""
+    rows, words = crnn.add_split(crnn.read_labels(DEFAULT_CSV)), []
+    folder = FOLDER / "words"
+    folder.mkdir(parents=True, exist_ok=True)
+    for row in rows[(rows.split == "test") & (rows.source == "trdg_custom") & (rows["style"] == "plain") & ~rows.label.str.contains(" ")].itertuples():
+        picture = crnn.load_image(DEFAULT_CSV.parent / row.image_path)
+        if 80 <= picture.shape[1] <= 120 and len(words) < READING_WORDS:
+            Image.fromarray(picture.numpy()).save(folder / Path(row.image_path).name)
+            words.append((Path(row.image_path).name, row.label, "words"))
+    crnn.write_labels(pd.DataFrame(words, columns=["image_path", "label", "source"]), folder / "words.csv")
+    rates = {name: finished(name, run_reader(name, folder / "words.csv", passes=REPEATS)[0]) for name in others.READERS}
+    def result(name):
+        rate = rates[name]
+        return rate if rate.startswith("not") else f"{float(rate):.0f} lines/s" + (f", ours is {float(rates['ours']) / float(rate):.1f} times as fast" if name != "ours" else "")
+    return [(f"reading {len(words)} words, one thread: {name}", result(name)) for name in others.READERS]
+
+
+def peers():
+    """Lines read without an error by ours and by other recognisers, on the same test rows and on tests/foreign; of two preparations the better one."""
+    rows = crnn.add_split(crnn.read_labels(DEFAULT_CSV))
+    chosen = rows[rows.split == "test"].groupby("source").sample(PEERS_ROWS, random_state=0, replace=False) if PEERS_ROWS else rows
+    foreign = crnn.read_labels(ROOT / "tests" / "foreign" / "labels.csv")
+    foreign["image_path"] = [os.path.relpath(ROOT / "tests" / "foreign" / path, DEFAULT_CSV.parent) for path in foreign.image_path]
+    path = DEFAULT_CSV.parent / ".peers.csv"
+    crnn.write_labels(pd.concat([chosen, foreign.assign(source="foreign: " + foreign.source)])[["image_path", "label", "source"]], path)
+    results = []
+    for name in others.READERS:
+        running = [run_reader(name, path, core, tall) for core, tall in enumerate((False, True))]
+        lines = [finished(name, process) for process, _ in running]
+        if lines[0].startswith("not"):
+            results.append((f"peers: {name}", lines[0]))
+            continue
+        tables = []
+        for _, out in running:
+            readings = pd.read_csv(out, dtype=str, keep_default_na=False)
+            tables.append(crnn.score_table(list(readings.label), list(readings.prediction), list(readings.source)))
+        best = {s: max(((t.exact[s], -t.CER[s]) for t in tables)) for s in tables[0].index if s != "all"}
+        results.append((f"peers: {name}", ", ".join(f"{s} {exact:.1%} / {-cer:.1%}" for s, (exact, cer) in best.items())))
+        print(*results[-1], flush=True)
+    return results
+
+
+def starting():
+    """From the start of python inference_crnn.py PICTURE to its end, against import torch alone; turn by turn, median."""
+    picture = next((ROOT / "tests" / "foreign").glob("*.png"))
+    commands = {"python -c 'import torch'": ["-c", "import torch"], "python inference_crnn.py one.png": [str(ROOT / "inference_crnn.py"), str(picture)]}
+    seconds = {name: [] for name in commands}
+    for _ in range(REPEATS + 1):
+        for name, command in commands.items():
+            start = time.perf_counter()
+            subprocess.run([sys.executable, *command], check=True, stdout=subprocess.DEVNULL, cwd=ROOT)
+            seconds[name].append(time.perf_counter() - start)
+    return [(f"starting: {name}", f"{statistics.median(times[1:]):.2f} s ({min(times[1:]):.2f} to {max(times[1:]):.2f})") for name, times in seconds.items()]
+
+
+def run_inference(path, timeout=600):
+    """inference_crnn.py on a path in a process of its own, its output files in FOLDER. Returns the process, with its peak memory as the last word."""
+    script = (f"import sys, resource; sys.path.insert(0, {str(ROOT)!r}); sys.stdout.reconfigure(encoding='utf-8'); import inference_crnn as i\n"
+              f"i.MODEL_PATH, i.PRETRAINED, i.REPORT_DIR = {str(ROOT / inference_crnn.MODEL_PATH)!r}, {str(ROOT / inference_crnn.PRETRAINED)!r}, None\n"
+              f"status = i.main([{str(path)!r}]); print('peak', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss); sys.exit(status)")
+    return subprocess.run([sys.executable, "-c", script], cwd=FOLDER, timeout=timeout, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                          encoding="utf-8", env=dict(os.environ, PYTHONIOENCODING="utf-8"))
+
+
+def damage(data, kind):
+    """The bytes of a picture file, cut off, with flipped bits, with a hostile header, or made of nothing but noise; kind 4 leaves them as they are."""
+    data = bytearray(data)
+    if kind == 0:
+        return data[:random.randint(0, len(data))]
+    if kind == 1:
+        for _ in range(random.randint(1, 30)):
+            data[random.randrange(len(data))] ^= 1 << random.randrange(8)
+    if kind == 2:
+        for i in range(4, min(40, len(data))):
+            if random.random() < 0.3:
+                data[i] = random.choice([0, 255, random.randrange(256)])
+    return random.randbytes(random.randint(0, 3000)) if kind == 3 else data
+
+
+def damaged():
+    """One run of inference_crnn.py over mutated picture files; a fifth of them are whole, under the name of another format."""
+    random.seed(0)
+    folder = FOLDER / "damaged"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    sources = sorted((ROOT / "tests" / "foreign").glob("*.png"))
+    endings = dict(PNG="png", JPEG="jpg", WEBP="webp", TIFF="tif", BMP="bmp", GIF="gif")
+    for i in range(DAMAGED_FILES):
+        memory, format = io.BytesIO(), random.choice(list(endings))
+        Image.open(random.choice(sources)).convert("RGB").save(memory, format)
+        ending = random.choice([e for e in endings.values() if e != endings[format]]) if i % 5 == 4 else endings[format]
+        (folder / f"{i:04}_{i % 5}.{ending}").write_bytes(damage(memory.getvalue(), i % 5))
+    start = time.perf_counter()
+    run = run_inference(folder)
+    whole = sum(f"{path.as_posix()}\n" in run.stdout for path in folder.glob("*_4.*"))
+    return [(f"damaged: {DAMAGED_FILES:,} files", f"{run.stdout.count('Predicted   :'):,} read, {run.stderr.count('skipped: '):,} skipped, {whole} of "
+             f"{DAMAGED_FILES // 5} whole ones read, exit status {run.returncode}, {time.perf_counter() - start:.1f} s")]
+
+
+def memory():
+    """The peak memory of reading ten thousand and a hundred thousand pictures of a csv."""
+    rows, results = crnn.read_labels(ROOT / "tests" / "foreign" / "labels.csv"), []
+    for number in MEMORY_PICTURES:
+        path = ROOT / "tests" / "foreign" / f".{number}.csv"
+        try:
+            crnn.write_labels(pd.concat([rows] * -(-number // len(rows))).head(number), path)
+            start = time.perf_counter()
+            run = run_inference(path)
+            results.append((f"memory: {number:,} pictures read", f"{float(run.stdout.split('peak ')[-1]) / 1e6:.2f} GB at most, {time.perf_counter() - start:.0f} s"))
+        finally:
+            path.unlink(missing_ok=True)
+    return results
+
+
 def main():
-    parts = [drawing, styles, speed, target, race, recipe, scaling, processes, own]
+    parts = [drawing, styles, speed, target, race, recipe, scaling, processes, own, reading, peers, starting, damaged, memory]
     wanted = sys.argv[1:] or [part.__name__ for part in parts]
     unknown = set(wanted) - {part.__name__ for part in parts}
     if unknown:
@@ -384,7 +526,7 @@ def main():
         if part.__name__ in wanted:
             table += part()
             print(*table[-1], flush=True)  # a part takes minutes, and what is measured should not be lost
-    print(f"\ntorch {torch.__version__}, {torch.get_num_threads()} threads, arithmetic {train_crnn.arithmetic('cpu')}")
+    print(f"\ntorch {torch.__version__}, {torch.get_num_threads()} threads, arithmetic {crnn.arithmetic('cpu', train_crnn.PRECISION)}")
     width = max(len(name) for name, _ in table)
     for name, result in table:
         print(f"{name:<{width}}  {result}")
