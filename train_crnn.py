@@ -36,7 +36,7 @@ from crnn import (BLANK, CRNN, HEIGHT, UNCALIBRATED, Charset, add_split, arithme
 # Data and files
 DATA_CSV = "datasets/data.csv"  # columns image_path,label and, where there are, source,split; paths relative to its folder
 MODEL_PATH = "ocr_crnn_model/crnn.pth"  # the best epoch; history.csv, the curves and the state to resume from lie beside it
-INIT_WEIGHTS = None  # checkpoint to start from, its output rows carried over by character; None: from nothing
+INIT_WEIGHTS = "ocr_crnn_model/pretrained.pth"  # checkpoint to start from, its output rows carried over by character; None: from nothing
 FILE_PRECISION = "float32"  # of the weights in MODEL_PATH; "float16" halves the file
 RESUME = False  # go on from the last complete epoch of the same data and constants
 MIN_CHARACTER_ROWS = 3  # a character in fewer training labels than this is taken for a slip, and its rows are left out
@@ -48,16 +48,18 @@ HIDDEN = 192  # LSTM units in each direction
 DROPOUT = 0.0  # share of the features and of the LSTM's output that is zeroed in training
 
 # Training
-EPOCHS = 3  # passes over the training rows
+EPOCHS = 2  # passes over the training rows; from nothing, 3 are few and 10 are better
 MIN_STEPS = 2_000  # batches; with few pictures there are more epochs than EPOCHS, until there are as many batches
 BATCH_SIZE = 32  # pictures of a step, all of about one width, over all processes together
 MATRIX_LEARNING_RATE = 1e-2  # of Muon, for the matrices of the convolutions and the LSTM: the peak of the one-cycle schedule
 LEARNING_RATE = 3e-3  # of AdamW, for all other weights: likewise
+WARM_START = 0.1  # with INIT_WEIGHTS, both are multiplied by this, since larger steps would unlearn what the new pictures do not show
 WARM_UP = 0.1  # part of the training in which the learning rates rise to their peak
 WEIGHT_DECAY = 1e-2  # of AdamW
 SHORTCUT_WEIGHT = 0.1  # of a second CTC loss, on the CNN's features; its head is not kept
-FROZEN_NORMS = 0.25  # last part of the training, in which batch norm uses its running averages, as it does for reading
+FROZEN_NORMS = 0.25  # last part of the training, in which batch norm uses its running averages, as for reading; with INIT_WEIGHTS: all of it
 AUGMENT = 1.0  # strength of the random changes to the training pictures; 0: none
+BLANKS = 0.01  # share of them that is replaced by empty paper, to be read as nothing
 
 # How
 SEED = 0  # the same seed, data and machine give the same weights
@@ -297,6 +299,22 @@ def ruled_lines(n, height, width, strength, device):
     return (1.2 - distance).clamp(0, 1) * tone * min(1, strength)
 
 
+def empty_paper(n, height, width, device):
+    """Paper without text, as ink (n, 1, H, W): grainy, unevenly lit, some spotless, some of it ruled."""
+    shade = F.interpolate(torch.rand(n, 1, 2, 3, device=device), (height, width), mode="bilinear", align_corners=True)  # (n, 1, H, W)
+    grain = torch.randn(n, 1, height, width, device=device)
+    soft = torch.rand(n, 1, 1, 1, device=device)
+    grain = soft * 2 * mean_of_nine(grain) + (1 - soft) * grain
+    strengths = torch.rand(2, n, 1, 1, 1, device=device) ** 2  # most are faint
+    spotless = torch.rand(n, 1, 1, 1, device=device) < 0.25
+    ink = (strengths[0] * shade + 0.3 * strengths[1] * grain) * ~spotless
+    ink = (ink - ink.amin((2, 3), keepdim=True)).clamp(0, 1)
+    if n and width > 2 * height:
+        ruled = torch.rand(n, device=device) < 0.25
+        ink[ruled] = torch.maximum(ink[ruled], ruled_lines(int(ruled.sum()), height, width, 1, device))
+    return ink
+
+
 def mean_of_nine(x):
     """The mean of every pixel and its neighbours, (N, 1, H, W) to the same; six times faster than avg_pool2d here."""
     x = F.pad(x, (1, 1, 1, 1), mode="replicate")  # (N, 1, H + 2, W + 2)
@@ -362,7 +380,9 @@ def make_optimizers(net, steps):
     """Muon for the matrices of the convolutions and the LSTM, AdamW for all else, each with its one-cycle schedule."""
     matrices = [p for name, p in net.crnn.named_parameters() if name.split(".")[0] in ("convolutions", "lstm") and p.ndim > 1]
     others = [p for p in net.parameters() if not any(p is matrix for matrix in matrices)]
-    optimizers = [Muon(matrices, MATRIX_LEARNING_RATE), torch.optim.AdamW(others, LEARNING_RATE, weight_decay=WEIGHT_DECAY, fused=True)]
+    factor = WARM_START if INIT_WEIGHTS else 1
+    optimizers = [Muon(matrices, MATRIX_LEARNING_RATE * factor),
+                  torch.optim.AdamW(others, LEARNING_RATE * factor, weight_decay=WEIGHT_DECAY, fused=True)]
     schedules = [torch.optim.lr_scheduler.OneCycleLR(optimizer, optimizer.defaults["lr"], total_steps=steps + 1, pct_start=WARM_UP,
                                                      cycle_momentum=False) for optimizer in optimizers]
     return optimizers, schedules
@@ -415,8 +435,10 @@ def train_epoch(net, optimizers, schedules, scaler, buckets, sizes, description)
         ink = to_ink(bucket.pixels[indices].to(device))  # (N, 1, H, W)
         if AUGMENT:
             ink = augment(ink, AUGMENT)
+        blank = torch.rand(len(indices)) < BLANKS
+        ink[blank.to(device)] = empty_paper(int(blank.sum()), *ink.shape[2:], device)
         widths = torch.full((len(indices),), ink.shape[3])  # the padding is paper, and counts as part of the picture
-        targets, frames, lengths = bucket.targets[indices], num_frames(widths), bucket.lengths[indices]  # (N, longest), (N,), (N,)
+        targets, frames, lengths = bucket.targets[indices], num_frames(widths), bucket.lengths[indices].masked_fill(blank, 0)  # (N, longest), (N,), (N,)
         with torch.autocast(device.type, arithmetic(device.type, PRECISION), enabled=arithmetic(device.type, PRECISION) != torch.float32):
             logits, shortcut = net(ink, widths)  # (T, N, C) each
         loss = ctc_loss(logits, targets, frames, lengths)
@@ -456,6 +478,13 @@ def read(model, charset, rows, calibration=UNCALIBRATED):
     return pd.concat(gather(rows))
 
 
+def validate(model, charset, val):
+    """The val rows as read returns them, their score_table, and its exact match and CER over all."""
+    seen = read(model, charset, val)
+    table = score(seen)
+    return seen, table, float(table.exact.iloc[-1]), float(table.CER.iloc[-1])
+
+
 def score(rows, by="source"):
     """The score_table of rows that read returned."""
     return score_table(list(rows.label), list(rows.prediction), list(rows[by]))
@@ -487,11 +516,21 @@ def keep_former_model():
         print(f"    the model of an earlier training is kept as {former.as_posix()}")
 
 
+def keep_if_best(state, model, charset, rows, exact, cer):
+    """Save the network where it reads the val rows no worse than any before. state: with best, the highest exact match so far, and epoch."""
+    if exact >= state["best"] and rank() == 0:
+        if state["best"] < 0:
+            keep_former_model()
+        save_checkpoint(MODEL_PATH, model, charset, FILE_PRECISION, epoch=state["epoch"], val_exact=exact, val_cer=cer, data=str(DATA_CSV),
+                        rows=int((rows.split == "train").sum()), seed=SEED)
+    state["best"] = max(state["best"], exact)
+
+
 def fingerprint(rows):
     """What must be the same for a resumed training to reach the same weights: the rows, and the constants that shape a step."""
     text = rows[["image_path", "label", "split"]].to_csv(index=False)
-    constants = (INIT_WEIGHTS, CHANNELS, HIDDEN, DROPOUT, EPOCHS, MIN_STEPS, BATCH_SIZE, MATRIX_LEARNING_RATE, LEARNING_RATE, WARM_UP, WEIGHT_DECAY,
-                 SHORTCUT_WEIGHT, FROZEN_NORMS, AUGMENT, SEED, PRECISION, world_size())
+    constants = (INIT_WEIGHTS, CHANNELS, HIDDEN, DROPOUT, EPOCHS, MIN_STEPS, BATCH_SIZE, MATRIX_LEARNING_RATE, LEARNING_RATE, WARM_START, WARM_UP, WEIGHT_DECAY,
+                 SHORTCUT_WEIGHT, FROZEN_NORMS, AUGMENT, BLANKS, SEED, PRECISION, world_size())
     return f"{zlib.crc32(text.encode()):08x} {constants}"
 
 
@@ -562,7 +601,8 @@ def main():
     try:
         known = load_checkpoint(INIT_WEIGHTS)[1].characters if INIT_WEIGHTS else ""
     except ValueError as error:
-        raise SystemExit(f"INIT_WEIGHTS: {error}")
+        raise SystemExit(f"INIT_WEIGHTS = {INIT_WEIGHTS!r} cannot be started from ({error}). Bring the shipped weights back with "
+                         f"git checkout ocr_crnn_model, or set INIT_WEIGHTS = None to train from nothing")
     rows, charset = read_rows(known)
     # Each process gets every so-manieth row in the order of label length, and so as many narrow and wide pictures as the others.
     share = rows.iloc[np.argsort(rows.label.str.len(), kind="stable")[rank()::world_size()]] if world_size() > 1 else rows
@@ -594,17 +634,19 @@ def main():
         state = load_state(state["fingerprint"], parts)
     trained = net if world_size() == 1 else nn.parallel.DistributedDataParallel(net)
     try:
+        if INIT_WEIGHTS and not RESUME:  # they are kept where no epoch reads as well as they do
+            _, _, exact, cer = validate(model, charset, val)
+            print(f"before the first epoch — Accuracy: {exact:.2%} — CER: {cer:.2%}", flush=True)
+            keep_if_best(state, model, charset, rows, exact, cer)
         for epoch in range(state["epoch"] + 1, epochs + 1):
             started = time.perf_counter()
             torch.manual_seed(SEED + 1_000_003 * epoch)  # all chance of an epoch follows from its number: resuming is exact
             net.train()
-            if epoch > max(1, epochs * (1 - FROZEN_NORMS)):  # not in the first, which has no averages to use yet
+            if INIT_WEIGHTS or epoch > max(1, epochs * (1 - FROZEN_NORMS)):  # from nothing, the first has no averages to use yet
                 model.norms.eval()
             losses = train_epoch(trained, optimizers, schedules, scaler, buckets, sizes, f"epoch {epoch}/{epochs}")
             speed = world_size() * sum(sizes.values()) / (time.perf_counter() - started)
-            seen = read(model, charset, val)
-            table = score(seen)
-            exact, cer = float(table.exact.iloc[-1]), float(table.CER.iloc[-1])
+            seen, table, exact, cer = validate(model, charset, val)
             state["seconds"] += time.perf_counter() - started
             print(f"Epoch {epoch}/{epochs} — Loss: {np.mean(losses):.4f} — Accuracy: {exact:.2%} — CER: {cer:.2%}"
                   f" — {speed:.0f} img/s — {state['seconds']:.0f} s", flush=True)
@@ -619,13 +661,8 @@ def main():
                                          learning_rate=float(schedules[0].get_last_lr()[0]), losses=losses, loss=float(np.mean(losses)),
                                          **{f"exact {s}": float(v) for s, v in table.exact.items()},
                                          **{f"CER {s}": float(v) for s, v in table.CER.items()}))
+            keep_if_best(state, model, charset, rows, exact, cer)
             if rank() == 0:
-                if exact > state["best"]:
-                    if state["best"] < 0:
-                        keep_former_model()
-                    save_checkpoint(MODEL_PATH, model, charset, FILE_PRECISION, epoch=epoch, val_exact=exact, val_cer=cer, data=str(DATA_CSV),
-                                    rows=int((rows.split == "train").sum()), seed=SEED)
-                state["best"] = max(state["best"], exact)
                 save_state(state, parts)
                 write_history(state["history"], curves=now_and_then)
     except KeyboardInterrupt:

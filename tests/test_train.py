@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from conftest import ROOT, line_image, write_csv
-from crnn import Charset, load_checkpoint, load_image, read_labels
+from crnn import Charset, load_checkpoint, load_image, read_images, read_labels
 
 TEXTS = ["cat", "dog", "7+5", "007", "NA", "llama", "B-12", "x=3", "ok", "null", "1e5", "up", "$9.50", "a b", "Zoo", "42"]
 
@@ -154,10 +154,23 @@ def test_starts_from_other_weights_by_character(train, own_csv, tmp_path, monkey
     monkeypatch.setattr(train, "MODEL_PATH", str(tmp_path / "tuned" / "crnn.pth"))
     monkeypatch.setattr(train, "HIDDEN", 16)  # the checkpoint's own counts
     train.main()
+    assert "before the first epoch — Accuracy" in capsys.readouterr().out
     assert load_checkpoint(train.MODEL_PATH)[0].architecture["hidden"] == 32
     monkeypatch.setattr(train, "INIT_WEIGHTS", str(tmp_path / "no such.pth"))
-    with pytest.raises(SystemExit, match="INIT_WEIGHTS: no .*no such.pth"):
+    with pytest.raises(SystemExit, match="INIT_WEIGHTS = .*no such.pth.*set INIT_WEIGHTS = None"):
         train.main()
+
+
+def test_weights_that_no_epoch_improves_are_kept(train, own_csv, monkeypatch):
+    charset = Charset("abc")
+    model = train.CRNN(charset.num_classes, 32, train.CHANNELS, train.HIDDEN)
+    rows = pd.DataFrame(dict(split=["train", "val"]))
+    state, epochs_kept = dict(epoch=0, best=-1.0), []
+    for epoch, exact in enumerate([0.5, 0.4, 0.5, 0.1]):
+        train.keep_if_best(dict(state, epoch=epoch), model, charset, rows, exact, 0.0)
+        state["best"] = max(state["best"], exact)
+        epochs_kept.append(load_checkpoint(train.MODEL_PATH)[2]["epoch"])
+    assert epochs_kept == [0, 0, 2, 2]  # of equally good ones the last
 
 
 @pytest.mark.parametrize("place", ["file/crnn.pth", "file/deeper/crnn.pth"])
@@ -317,6 +330,18 @@ def test_killed_and_resumed_reaches_the_same_weights(train, tmp_path):
     assert len(pd.read_csv(model.parent / "history.csv")) == 30
     with Image.open(model.parent / "training_curves.png") as curves:
         assert curves.width > 800
+
+
+def test_empty_paper_is_to_be_read_as_nothing(train, own_csv, monkeypatch, capsys):
+    torch.manual_seed(0)
+    paper = train.empty_paper(50, 32, 96, torch.device("cpu"))
+    assert paper.shape == (50, 1, 32, 96) and paper.min() == 0 and 0 < paper.max() <= 1 and (paper.amax((1, 2, 3)) == 0).any()
+    monkeypatch.setattr(train, "DATA_CSV", str(own_csv))
+    monkeypatch.setattr(train, "BLANKS", 1.0)
+    monkeypatch.setattr(train, "EPOCHS", 30)
+    train.main()
+    model, charset, _ = load_checkpoint(train.MODEL_PATH)
+    assert {reading.text for reading in read_images(model, charset, list(255 - (paper * 255)[:, 0].byte()), 8)} == {""}
 
 
 def test_augmentation_keeps_the_text_readable(train):
