@@ -2,7 +2,7 @@
 
     python tests/benchmark.py                      all parts, then one table
     python tests/benchmark.py reading peers        some of them: drawing styles speed target race recipe scaling processes own
-                                                   reading peers starting damaged memory
+                                                   reading peers starting damaged robust memory
 
 The pictures are drawn by prepare_ocr_dataset.py, once, into FOLDER; those of the parts reading, peers and styles by its default
 constants, and they must be there. Every part trains from nothing but "own", which starts from OWN_START. The other recognisers
@@ -21,9 +21,10 @@ import tempfile
 import time
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import torch
-from PIL import Image, ImageDraw, ImageFilter, ImageFont
+from PIL import Image, ImageDraw, ImageFilter, ImageFont, ImageOps
 from torch import nn
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -504,6 +505,35 @@ def damaged():
              f"{DAMAGED_FILES // 5} whole ones read, exit status {run.returncode}, {time.perf_counter() - start:.1f} s")]
 
 
+def robust():
+    """Empty paper, and tests/foreign as it is and changed in ways that leave the text readable; by the shipped weights or a model of one's own."""
+    chance = np.random.default_rng(0)
+    paper = []
+    for i in range(200):
+        height, width = chance.integers(20, 80), chance.integers(20, 500)
+        light = np.linspace(*chance.uniform(120, 255, 2), width)[None] + np.linspace(0, chance.uniform(-40, 40), height)[:, None]
+        paper.append((light + chance.normal(0, chance.choice([0, 2, 6, 15]), (height, width))).clip(0, 255).astype(np.uint8))
+    checkpoint = inference_crnn.load_checkpoint(str(ROOT / inference_crnn.model_path()))
+    read = inference_crnn.recognize(paper, checkpoint)
+    confidences = [reading.confidence for reading in read if not reading.text]
+    results = [("robust: 200 pictures of empty paper", f"{len(confidences)} read as nothing, mean confidence {statistics.mean(confidences or [0]):.2f}")]
+    rows = crnn.read_labels(ROOT / "tests" / "foreign" / "labels.csv")
+    pictures = [Image.open(ROOT / "tests" / "foreign" / path).convert("L") for path in rows.image_path]
+
+    def lit(image):
+        ink = np.asarray(image, dtype=np.float32)
+        return (ink * np.linspace(1, 0.4, image.width)[None]).astype(np.uint8)
+    changes = {"as they are": lambda image: image, "light on dark": ImageOps.invert, "in light that falls to 40 % from left to right": lit,
+               "a quarter of their height": lambda image: image.resize((max(1, image.width // 4), max(1, image.height // 4)), Image.Resampling.BOX),
+               "20 times their height": lambda image: image.resize((image.width * 20, image.height * 20), Image.Resampling.BICUBIC),
+               "with a paper margin of half their height": lambda image: ImageOps.expand(image, image.height // 2, fill=int(np.median(image)))}
+    for name, change in changes.items():
+        read = inference_crnn.recognize([change(picture) for picture in pictures], checkpoint)
+        exact = sum(reading is not None and reading.text == label for reading, label in zip(read, rows.label))
+        results.append((f"robust: tests/foreign, {name}", f"{exact / len(rows):.1%} of {len(rows)} exact"))
+    return results
+
+
 def memory():
     """The peak memory of reading ten thousand and a hundred thousand pictures of a csv."""
     rows, results = crnn.read_labels(ROOT / "tests" / "foreign" / "labels.csv"), []
@@ -520,7 +550,7 @@ def memory():
 
 
 def main():
-    parts = [drawing, styles, speed, target, race, recipe, scaling, processes, own, reading, peers, starting, damaged, memory]
+    parts = [drawing, styles, speed, target, race, recipe, scaling, processes, own, reading, peers, starting, damaged, robust, memory]
     wanted = sys.argv[1:] or [part.__name__ for part in parts]
     unknown = set(wanted) - {part.__name__ for part in parts}
     if unknown:

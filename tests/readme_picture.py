@@ -1,8 +1,6 @@
-"""Draw .github/reads.png for the README: test pictures and what the model reads in them. Run by hand after training:
+"""Draw .github/reads.png for the README: pictures of tests/foreign, chosen by chance, and what the shipped weights read in them.
 
     python tests/readme_picture.py
-
-Pictures drawn from EMNIST are left out, because they are not part of the repository.
 """
 import sys
 from pathlib import Path
@@ -20,11 +18,10 @@ def main():
     from crnn import load_checkpoint, read_labels, whole_file
     from inference_crnn import recognize
 
-    rows = read_labels(ROOT / "datasets" / "data.csv")
-    rows = rows[(rows.split == "test") & rows.source.isin(["trdg_custom", "synthetic_math", "handwriting"]) & (rows.label.str.len() < 16)]
-    rows = rows.groupby("source").head(COLUMNS * ROWS).sample(COLUMNS * ROWS, random_state=0)
-    paths = [ROOT / "datasets" / path for path in rows.image_path]
-    readings = recognize(paths, load_checkpoint(ROOT / "ocr_crnn_model" / "crnn.pth"))
+    rows = read_labels(ROOT / "tests" / "foreign" / "labels.csv")
+    rows = rows[rows.label.str.len() < 20].sample(COLUMNS * ROWS, random_state=0)
+    paths = [ROOT / "tests" / "foreign" / path for path in rows.image_path]
+    readings = recognize(paths, load_checkpoint(ROOT / "ocr_crnn_model" / "pretrained.pth"))
     font = ImageFont.truetype(str(ROOT / "myFonts" / "DejaVuSans.ttf"), 15)
     sheet = Image.new("RGB", (COLUMNS * WIDTH, ROWS * HEIGHT), "white")
     draw = ImageDraw.Draw(sheet)
