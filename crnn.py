@@ -296,11 +296,11 @@ MIN_ALTERNATIVE = 0.02  # probability below which an alternative is not worth a 
 UNCALIBRATED = (1.0, 0.0)  # slope and offset that leave a confidence as it is
 
 
-def greedy_decode(logits, frames, charset, calibration=UNCALIBRATED):
+def greedy_decode(logits, frames, charset):
     """Best class per frame, repeats merged, blanks removed (Graves et al. 2006, best path decoding), and spaces at both ends.
 
-    logits: (T, N, C); frames: (N,), only a line's own frames are read; calibration: see calibrate. Returns a list of N
-    Readings. A wide margin looks like a space, and no label begins or ends with one.
+    logits: (T, N, C); frames: (N,), only a line's own frames are read. Returns a list of N Readings, their confidence not
+    calibrated. A wide margin looks like a space, and no label begins or ends with one.
     """
     log_probs = logits.detach().float().log_softmax(2).cpu()  # (T, N, C)
     best, classes = log_probs.max(2)  # both (T, N)
@@ -321,7 +321,7 @@ def greedy_decode(logits, frames, charset, calibration=UNCALIBRATED):
         others = [[(charset.characters[c - 1], p) for c, p in likely if charset.characters[c - 1] != character]
                   for character, likely in zip(text, candidates[start:])]
         characters = list(map(Character, text, [best[line][peak] for peak in peaks], *extents(peaks, count), others))
-        readings.append(Reading(text, calibrated(confidences[line], calibration), characters))
+        readings.append(Reading(text, confidences[line], characters))
     return readings
 
 
@@ -388,12 +388,47 @@ def calibration_error(confidences, correct, bins=15):
     return float(sum(gaps) / max(1, len(correct)))
 
 
-@torch.inference_mode()
-def read_images(model, charset, images, batch_size, calibration=UNCALIBRATED, precision=None):
-    """Read uint8 tensors (H, W_i) as load_image returns them, sorted by width so that little is padded.
+SECOND_LOOK = 0.7  # confidence, not calibrated, below which a picture is read again
 
-    precision: see arithmetic. Returns a list of Readings in the order of images.
+
+def looks(image):
+    """Other ways to look at an image, uint8 (H, W) as load_image returns it: nearer where its margins are high, wider, smaller.
+
+    In all of them a character stands at the same part of the width.
     """
+    height, width = image.shape
+    inked = ((image < 155).sum(1) >= max(1, width / 100)).nonzero()  # rows with ink in more than specks
+    if len(inked):
+        top, bottom = int(inked[0]), int(inked[-1]) + 1
+        margin = max(1, round(0.18 * (bottom - top)))
+        if bottom - top <= 0.75 * height:
+            image = image[max(0, top - margin):bottom + margin]  # fewer rows
+            yield scaled(image, height, width * height / len(image))
+    yield scaled(image, height, 1.25 * width * height / len(image))
+    yield scaled(F.pad(image, (0, 0, 5, 1), value=255), height, width * height / (len(image) + 6))
+
+
+def scaled(image, height, width):
+    """An image, uint8 (H, W), brought to another size."""
+    return torch.from_numpy(np.array(Image.fromarray(image.numpy()).resize((max(PIXELS_PER_FRAME, round(width)), height), Image.Resampling.BICUBIC)))
+
+
+def read_images(model, charset, images, batch_size, calibration=UNCALIBRATED, precision=None):
+    """Read uint8 tensors (H, W_i) as load_image returns them; those that are read with little confidence once more, in other looks.
+
+    calibration: see calibrate; precision: see arithmetic. Returns a list of Readings in the order of images, of several
+    looks the one with the most confidence.
+    """
+    readings = read_once(model, charset, images, batch_size, precision)
+    again = [(i, look) for i, reading in enumerate(readings) if reading.confidence < SECOND_LOOK for look in looks(images[i])]
+    for (i, _), reading in zip(again, read_once(model, charset, [look for _, look in again], batch_size, precision)):
+        readings[i] = max(readings[i], reading, key=lambda reading: reading.confidence)
+    return [reading._replace(confidence=calibrated(reading.confidence, calibration)) for reading in readings]
+
+
+@torch.inference_mode()
+def read_once(model, charset, images, batch_size, precision):
+    """Read images as they are, sorted by width so that little is padded. Returns Readings in their order, not calibrated."""
     order = sorted(range(len(images)), key=lambda i: images[i].shape[1])
     readings = [None] * len(images)
     device = next(model.parameters()).device
@@ -404,7 +439,7 @@ def read_images(model, charset, images, batch_size, calibration=UNCALIBRATED, pr
         ink, widths = pad_batch([images[i] for i in batch], multiple=32 if len(images) > batch_size else 1)  # (N, 1, H, W), (N,)
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             logits, frames = model(ink.to(device), widths)  # (T, N, C), (N,)
-        for i, reading in zip(batch, greedy_decode(logits, frames, charset, calibration)):
+        for i, reading in zip(batch, greedy_decode(logits, frames, charset)):
             readings[i] = reading
     return readings
 

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from PIL import Image
 
 from conftest import line_image
-from crnn import (BLANK, CRNN, UNCALIBRATED, Charset, add_split, calibrate, calibrated, calibration_error, fold_lookalikes,
+import crnn
+from crnn import (BLANK, CRNN, UNCALIBRATED, Charset, Reading, add_split, calibrate, calibrated, calibration_error, fold_lookalikes,
                   frames_needed, greedy_decode, load_checkpoint, load_image, num_frames, pad_batch, read_images, read_labels, save_checkpoint, score_table, whole_file, write_labels)
 from prepare_ocr_dataset import CHARSET
 
@@ -181,6 +182,26 @@ def test_confidence_is_the_probability_of_the_text():
     assert reading.characters == [("a", pytest.approx(0.7), 0, 1, [])]
     empty, = greedy_decode((1 - probabilities).log()[:, None], torch.tensor([2]), Charset("a"))
     assert empty.text == "" and empty.confidence == pytest.approx(0.7 * 0.6) and empty.characters == []
+
+
+def test_unsure_readings_get_a_second_look(monkeypatch):
+    small = Image.new("L", (200, 100), 255)
+    small.paste(line_image("Rg 7", size=20, margin=0), (60, 40))
+    near, wide, smaller = crnn.looks(load_image(small))
+    ink = lambda image: int(((image < 155).sum(1) > 0).sum())  # rows with ink
+    assert near.shape[0] == wide.shape[0] == smaller.shape[0] == 32
+    assert ink(near) > ink(smaller) > 1.5 * ink(load_image(small)) and wide.shape[1] == pytest.approx(1.25 * near.shape[1], abs=1)
+    assert len(list(crnn.looks(load_image(line_image("Rg 7", margin=0))))) == 2 and len(list(crnn.looks(torch.full((32, 5), 255, dtype=torch.uint8)))) == 2
+
+    seen = []
+    def read_once(model, charset, images, batch_size, precision):
+        seen.append(len(images))
+        return [Reading(f"{image.shape[1]}", 0.9 if image.shape[1] in (300, wide.shape[1]) else 0.3, []) for image in images]
+    monkeypatch.setattr(crnn, "read_once", read_once)
+    sure = torch.full((32, 300), 255, dtype=torch.uint8)
+    readings = crnn.read_images(None, None, [sure, load_image(small)], 8, calibration=(2.0, 0.0))
+    assert seen == [2, 3] and [r.text for r in readings] == ["300", f"{wide.shape[1]}"]
+    assert readings[0].confidence == crnn.calibrated(0.9, (2.0, 0.0)) > 0.9
 
 
 def test_where_characters_stand_and_what_else_they_could_be():
