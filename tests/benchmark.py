@@ -426,7 +426,7 @@ def reading():
 def peers():
     """Lines read without an error by ours and by other recognisers, on the same test rows and on tests/foreign; of two preparations the better one."""
     rows = crnn.add_split(crnn.read_labels(DEFAULT_CSV))
-    chosen = rows[rows.split == "test"].groupby("source").sample(PEERS_ROWS, random_state=0, replace=False) if PEERS_ROWS else rows
+    chosen = rows[rows.split == "test"].sample(frac=1, random_state=0).groupby("source").head(PEERS_ROWS)
     foreign = crnn.read_labels(ROOT / "tests" / "foreign" / "labels.csv")
     foreign["image_path"] = [os.path.relpath(ROOT / "tests" / "foreign" / path, DEFAULT_CSV.parent) for path in foreign.image_path]
     path = DEFAULT_CSV.parent / ".peers.csv"

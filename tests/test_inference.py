@@ -1,6 +1,7 @@
 """Reading: from Python, from the command line, and the three scripts in sequence."""
 import csv
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -226,6 +227,18 @@ def test_one_line_says_what_to_do(infer, checkpoint, tmp_path, monkeypatch, case
     with pytest.raises(SystemExit, match=complaint) as stop:
         infer.main(arguments)
     assert "\n" not in str(stop.value)
+
+
+def test_readers_of_the_benchmark(infer, checkpoint, tmp_path):
+    csv_path = write_csv(tmp_path / "words", ["one", "two"], source="words")
+    def run(reader):
+        return subprocess.run([sys.executable, str(ROOT / "tests" / "peers.py"), reader, str(csv_path), str(tmp_path / "out.csv")], capture_output=True,
+                              text=True, encoding="utf-8", env=dict(os.environ, PEERS_MODEL=str(checkpoint), TESSDATA_PREFIX=str(tmp_path)))
+    ours = run("ours")
+    assert ours.returncode == 0 and float(ours.stdout) > 0
+    assert [row["label"] for row in csv.DictReader(open(tmp_path / "out.csv", encoding="utf-8"))] == ["one", "two"]
+    missing = run("Tesseract")  # where tesserocr is installed, its data is not in that folder
+    assert missing.returncode == 3 and "not installed: apt install tesseract-ocr-eng" in missing.stdout
 
 
 def test_importing_a_script_does_nothing(tmp_path):
