@@ -283,22 +283,40 @@ def random_number():
         lambda: f"{r(0, 23):02}:{n(1, 1)}{r(0, 9)}", lambda: f"{r(1, 12)}:{r(0, 59):02} {random.choice(('am', 'pm', 'AM', 'PM'))}",
         lambda: f"{r(0, 23):02}:{r(0, 59):02}:{r(0, 59):02}", lambda: f"({n(3, 3)}) {n(3, 3)}-{n(4, 4)}",
         lambda: f"+{r(1, 99)} {n(2, 3)} {n(3, 4)} {n(3, 4)}", lambda: f"{n(3, 3)}-{n(4, 4)}", lambda: f"#{n(1, 6)}",
-        lambda: f"No. {n(1, 5)}", lambda: f"{r(1, 99)}/{r(1, 99)}", lambda: f"{n(1, 3)}x{n(1, 3)}", lambda: f"{n(1, 3)} kg",
+        lambda: f"{n(1, 3)} {n(3, 3)}", lambda: f"{n(3, 3)} {n(3, 3)} {n(2, 3)}", lambda: f"{n(2, 2)} {n(2, 2)} {n(2, 2)}",
+        lambda: f"{n(4, 4)} {n(4, 4)} {n(4, 4)}", lambda: f"No. {n(1, 5)}", lambda: f"{r(1, 99)}/{r(1, 99)}", lambda: f"{n(1, 3)}x{n(1, 3)}", lambda: f"{n(1, 3)} kg",
     ])()
+
+
+def filled_in(pattern, split):
+    """A pattern with {w} made a word, {W} a capitalised one, {I} a capital letter, {n} up to three digits and {p} a price."""
+    return re.sub(r"{([wWInp])}", lambda m: {
+        "w": lambda: random_word(split), "W": lambda: random.choice(words(split)).capitalize(), "I": lambda: random.choice(string.ascii_uppercase),
+        "n": lambda: random_digits(1, 3), "p": lambda: f"{random.randint(0, 999)}.{random_digits(2, 2)}"}[m[1]](),
+        pattern.replace("{{", "{").replace("}}}", "}}"))
+
+
+def random_name(split):
+    """A person, as forms and letters name them."""
+    return filled_in(random.choice(["{I}. {W}"] * 3 + ["{I}. {I}. {W}", "{W} {W}", "{W} {I}. {W}", "{W}, {I}.", "{I}.{I}.", "{I}.{I}. {W}",
+                                                        "Mr. {W}", "Mrs. {W}", "Dr. {W}", "{W}-{W}", "O'{W}", "{W}, {W}"]), split)
+
+
+def random_item(split):
+    """A line of a receipt or a list."""
+    return filled_in(random.choice(["{n} x {W}"] * 2 + ["{n} x {w}", "{n}x {W}", "{W} x{n}", "{n} {W}", "{W} {n}", "{W}: {n}", "{W} {p}", "{W} ${p}",
+                                                         "{W} (${p})", "{W}: ${p}", "{n} x {p}", "{W} no. {n}", "{w} {w} {p}", "{n}. {W}"]), split)
 
 
 def punctuated(split):
     """Words with punctuation in the places where it stands in real text."""
-    pattern = random.choice([
+    return filled_in(random.choice([
         "{w}.", "{w},", "{w}!", "{w}?", "{w}:", "{w};", "({w})", '"{w}"', "'{w}'", "[{w}]", "{{{w}}}", "<{w}>", "{w}'s", "{w}...",
         "{w}, {w}", "{w}. {W}", "{w}: {n}", "{w}; {w}", "{w}-{w}", "{w}/{w}", "{w} & {w}", "{w} - {w}", "{w} ({n})", "{w} #{n}",
         "{w}@{w}.com", "www.{w}.org", "@{w}", "#{w}", "{w}_{w}", "{w} = {n}", "{w}+{w}", "{n}% {w}", "~{n}", "{w}*", "* {w}",
         "{w} | {w}", "\\{w}", "`{w}`", "${n}.{n}", "{n}^{n}", "C:\\{w}", "{w}({n})", "{W} {n}", "{n}. {W}", "{W}, {W}", "{w}?!",
         "Mr. {W}", "{n} {w}", "{w}={w}", "{w}[{n}]", "!{w}", "{w}%", "{w}>{n}", "{w}<{n}", "{n}:{n}", "{w}|{n}", "~{w}", "\"{W}\"",
-    ])
-    return re.sub(r"{([wWn])}", lambda m: {"w": lambda: random_word(split), "n": lambda: random_digits(1, 3),
-                                           "W": lambda: random.choice(words(split)).capitalize()}[m[1]](),
-                  pattern.replace("{{", "{").replace("}}}", "}}"))
+    ]), split)
 
 
 @cache
@@ -339,8 +357,8 @@ def random_single():
     return random.choice({"letters": string.ascii_letters, "digits": string.digits, "signs": string.punctuation}[pool])
 
 
-PRINTED_TEXTS = dict(words=30, made_up=9, doubled=5, punctuated=15, number=15, code=8, string=7, single=8, look_alikes=3)
-HAND_TEXTS = dict(words=36, made_up=6, doubled=4, punctuated=13, number=13, math=12, code=5, string=4, single=7)
+PRINTED_TEXTS = dict(words=28, made_up=8, doubled=5, name=6, item=6, punctuated=12, number=14, code=8, string=7, single=8, look_alikes=3)
+HAND_TEXTS = dict(words=33, made_up=6, doubled=4, name=6, item=4, punctuated=10, number=13, math=12, code=5, string=4, single=7)
 STANDING_ALONE = {"code", "string", "mixed", "single", "look_alikes"}  # kinds of text with no word around their characters
 
 
@@ -349,7 +367,7 @@ def random_text(split, kinds):
     kind = weighted(**kinds)
     draw = {"words": lambda: " ".join(random_word(split) for _ in range(random.choices((1, 2, 3), (5, 3, 2))[0])),
             "made_up": lambda: " ".join(made_up_word(split) for _ in range(random.choices((1, 2), (3, 1))[0])),
-            "doubled": lambda: word_with_look_alikes(split), "punctuated": lambda: punctuated(split), "number": random_number,
+            "doubled": lambda: word_with_look_alikes(split), "name": lambda: random_name(split), "item": lambda: random_item(split), "punctuated": lambda: punctuated(split), "number": random_number,
             "math": random_math, "code": random_code, "look_alikes": random_look_alikes, "single": random_single,
             "string": lambda: random_string(string.ascii_letters + string.digits + string.punctuation, 1, 12),
             "letters": lambda: "".join(re.findall("[A-Za-z]", random_word(split))), "mixed": lambda: random_string(ALPHANUMERIC, 2, 7)}
@@ -630,7 +648,7 @@ class Style(NamedTuple):
 
 MONO, NARROW = "mono|coding|cousine|special|inconsolata|cascadia|code", "condensed|narrow|mono|oswald|teko|league|abel|dosis"
 FIELDS = dict(code=4, number=4, words=3, letters=2, single=4)
-NUMBERS = dict(number=8, words=4, code=3, punctuated=3)
+NUMBERS = dict(number=8, item=5, words=3, code=3, punctuated=2)
 STYLES = {
     PRINTED: {
         "form": Style(3, form), "fields": Style(1.5, on_cells, FIELDS, cells=True), "typewriter": Style(1, typewriter, fonts=MONO),
@@ -966,7 +984,7 @@ def compose_cells(text, split):
     return in_cells(text, in_line, height)
 
 
-EMNIST_TEXTS = dict(letters=45, number=22, mixed=12, code=12, words=9)
+EMNIST_TEXTS = dict(letters=42, number=22, mixed=12, code=12, words=7, name=5)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

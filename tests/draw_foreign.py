@@ -25,6 +25,7 @@ SANS = ["Nimbus Sans", "URW Gothic", "Cantarell", "CMU Sans Serif", "Nimbus Sans
 SERIF = ["P052", "C059", "URW Bookman", "CMU Serif", "Linux Libertine O", "Vollkorn"]
 MONO = ["Nimbus Mono PS", "CMU Typewriter Text", "Hack", "Fantasque Sans Mono", "OCRA"]
 HAND = ["Humor Sans", "DkgHandwriting", "Breip", "Rufscript", "Ecolier_court"]
+ONLY_CAPITALS = "Humor Sans"  # draws them for small letters too, so that its labels have no others
 WEAR = {  # ImageMagick's arguments
     "none": "", "print and scan": "-attenuate 0.25 +noise Gaussian -blur 0x0.6 -rotate {tilt} -level 6%,92%",
     "fax": "-resize 60% -threshold 62% -resize 160%", "photo": "-rotate {tilt} -motion-blur 0x1.5+{angle} +level 12%,80% -quality 45",
@@ -97,7 +98,7 @@ def crop(image, group):
 
 
 def browser(samples, folder):
-    """Pictures of samples, (text, group), as Chromium shows them."""
+    """Pictures of samples, (text, group), as Chromium shows them, with what they show."""
     step = 120
     cards = [card(text, group).replace("TOP", str(i * step + 24)) for i, (text, group) in enumerate(samples)]
     pictures = []
@@ -107,13 +108,13 @@ def browser(samples, folder):
         subprocess.run([*CHROMIUM, f"--user-data-dir={folder}/profile", f"--window-size=1400,{step * 100 + 200}", f"--screenshot={folder}/page.png",
                         f"file://{folder}/page.html"], check=True, capture_output=True)
         page = Image.open(folder / "page.png").convert("RGB")
-        pictures += [crop(page.crop((0, (i - start) * step, 1400, (i - start + 1) * step)), samples[i][1])
-                     for i in range(start, min(start + 100, len(cards)))]
+        pictures += [(crop(page.crop((0, (i - start) * step, 1400, (i - start + 1) * step)), samples[i][1]),
+                      samples[i][0].upper() if ONLY_CAPITALS in cards[i] else samples[i][0]) for i in range(start, min(start + 100, len(cards)))]
     return pictures
 
 
 def typesetter(samples, folder):
-    """The same as groff sets them in PDF and poppler rasterises it, one to a page."""
+    """The same, as groff sets them in PDF and poppler rasterises it, one to a page."""
     source = ".pl 1.2i\n.po 0.3i\n.ll 7i\n.nh\n.nf\n"
     for i, (text, _) in enumerate(samples):
         escaped = text.replace("\\", "\\[rs]").replace("-", "\\-").replace("'", "\\[aq]").replace("^", "\\[ha]").replace("~", "\\[ti]")
@@ -123,7 +124,7 @@ def typesetter(samples, folder):
     subprocess.run(["pdftoppm", "-r", "150", "-png", f"{folder}/set.pdf", f"{folder}/set"], check=True)
     pages = sorted(folder.glob("set-*.png"))
     assert len(pages) == len(samples), (len(pages), len(samples))
-    return [crop(Image.open(page).convert("RGB"), "typeset") for page in pages]
+    return [(crop(Image.open(page).convert("RGB"), "typeset"), text) for page, (text, _) in zip(pages, samples)]
 
 
 def main():
@@ -139,8 +140,8 @@ def main():
         temporary = Path(temporary)
         by_browser = iter(browser([s for s in samples if s[1] != "typeset"], temporary))
         by_typesetter = iter(typesetter([s for s in samples if s[1] == "typeset"], temporary))
-        for i, (text, group) in enumerate(samples):
-            picture = next(by_typesetter if group == "typeset" else by_browser)
+        for i, (_, group) in enumerate(samples):
+            picture, text = next(by_typesetter if group == "typeset" else by_browser)
             wear = random.choice(["none", "print and scan", "photo", "low resolution", "faint"] + ["fax"] * (picture.height > 40 and group not in ("label", "hand")))
             arguments = WEAR[wear].format(tilt=round(random.uniform(-1.5, 1.5), 2), angle=random.randint(0, 180)).split()
             name = f"{i:04}.{'jpg' if '-quality' in arguments else 'png'}"
