@@ -798,7 +798,7 @@ def find_emnist():
             return True
         except (OSError, RuntimeError, ValueError, EOFError) as error:
             reason = f"the download broke off ({error})"
-    print(f"EMNIST is missing: {reason}. The sources emnist_images and emnist_words are left out, and the script goes on; a "
+    print(f"EMNIST is missing: {reason}. The sources emnist_images, emnist_words and emnist_math are left out, and the script goes on; a "
           f"model trained from nothing without them read 55 % of single handwritten characters instead of 87 %. To have them, put "
           f"the four files emnist-byclass-{{train,test}}-{{images-idx3,labels-idx1}}-ubyte, from the archive "
           f"{EMNIST.url} (about 560 MB), unpacked, into {raw.as_posix()}/ and run this script again.", flush=True)
