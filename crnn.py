@@ -410,7 +410,8 @@ def looks(image):
 
 def scaled(image, height, width):
     """An image, uint8 (H, W), brought to another size."""
-    return torch.from_numpy(np.array(Image.fromarray(image.numpy()).resize((max(PIXELS_PER_FRAME, round(width)), height), Image.Resampling.BICUBIC)))
+    size = max(PIXELS_PER_FRAME, round(width)), height
+    return torch.from_numpy(np.array(Image.fromarray(image.numpy()).resize(size, Image.Resampling.BICUBIC)))
 
 
 def read_images(model, charset, images, batch_size, calibration=UNCALIBRATED, precision=None):

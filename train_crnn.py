@@ -28,9 +28,9 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from crnn import (BLANK, CRNN, HEIGHT, UNCALIBRATED, Charset, add_split, arithmetic, calibrate, calibration_error, describe, format_score_table,
-                  frames_needed, gather, join_processes, load_checkpoint, load_image, num_frames, rank, read_images, read_labels,
-                  save_checkpoint, save_tensors, score_table, to_ink, whole_file, workers_per_process, world_size)
+from crnn import (BLANK, CRNN, HEIGHT, UNCALIBRATED, Charset, add_split, arithmetic, calibrate, calibration_error, describe,
+                  format_score_table, frames_needed, gather, join_processes, load_checkpoint, load_image, num_frames, rank, read_images,
+                  read_labels, save_checkpoint, save_tensors, score_table, to_ink, whole_file, workers_per_process, world_size)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Data and files
@@ -438,7 +438,8 @@ def train_epoch(net, optimizers, schedules, scaler, buckets, sizes, description)
         blank = torch.rand(len(indices)) < BLANKS
         ink[blank.to(device)] = empty_paper(int(blank.sum()), *ink.shape[2:], device)
         widths = torch.full((len(indices),), ink.shape[3])  # the padding is paper, and counts as part of the picture
-        targets, frames, lengths = bucket.targets[indices], num_frames(widths), bucket.lengths[indices].masked_fill(blank, 0)  # (N, longest), (N,), (N,)
+        targets, frames = bucket.targets[indices], num_frames(widths)  # (N, longest), (N,)
+        lengths = bucket.lengths[indices].masked_fill(blank, 0)  # (N,)
         with torch.autocast(device.type, arithmetic(device.type, PRECISION), enabled=arithmetic(device.type, PRECISION) != torch.float32):
             logits, shortcut = net(ink, widths)  # (T, N, C) each
         loss = ctc_loss(logits, targets, frames, lengths)
@@ -529,8 +530,8 @@ def keep_if_best(state, model, charset, rows, exact, cer):
 def fingerprint(rows):
     """What must be the same for a resumed training to reach the same weights: the rows, and the constants that shape a step."""
     text = rows[["image_path", "label", "split"]].to_csv(index=False)
-    constants = (INIT_WEIGHTS, CHANNELS, HIDDEN, DROPOUT, EPOCHS, MIN_STEPS, BATCH_SIZE, MATRIX_LEARNING_RATE, LEARNING_RATE, WARM_START, WARM_UP, WEIGHT_DECAY,
-                 SHORTCUT_WEIGHT, FROZEN_NORMS, AUGMENT, BLANKS, SEED, PRECISION, world_size())
+    constants = (INIT_WEIGHTS, CHANNELS, HIDDEN, DROPOUT, EPOCHS, MIN_STEPS, BATCH_SIZE, MATRIX_LEARNING_RATE, LEARNING_RATE, WARM_START,
+                 WARM_UP, WEIGHT_DECAY, SHORTCUT_WEIGHT, FROZEN_NORMS, AUGMENT, BLANKS, SEED, PRECISION, world_size())
     return f"{zlib.crc32(text.encode()):08x} {constants}"
 
 
