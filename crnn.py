@@ -388,13 +388,13 @@ def calibration_error(confidences, correct, bins=15):
     return float(sum(gaps) / max(1, len(correct)))
 
 
-SECOND_LOOK = 0.7  # confidence, not calibrated, below which a picture is read again
+SECOND_LOOK = 0.6  # confidence, not calibrated, below which a picture is read again
 
 
 def looks(image):
-    """Other ways to look at an image, uint8 (H, W) as load_image returns it: nearer where its margins are high, wider, smaller.
+    """Two other ways to look at an image, uint8 (H, W) as load_image returns it: wider and smaller, and nearer where its margins are high.
 
-    In all of them a character stands at the same part of the width.
+    In both of them a character stands at the same part of the width.
     """
     height, width = image.shape
     inked = ((image < 155).sum(1) >= max(1, width / 100)).nonzero()  # rows with ink in more than specks
@@ -403,7 +403,6 @@ def looks(image):
         margin = max(1, round(0.18 * (bottom - top)))
         if bottom - top <= 0.75 * height:
             image = image[max(0, top - margin):bottom + margin]  # fewer rows
-            yield scaled(image, height, width * height / len(image))
     yield scaled(image, height, 1.25 * width * height / len(image))
     yield scaled(F.pad(image, (0, 0, 5, 1), value=255), height, width * height / (len(image) + 6))
 
@@ -427,17 +426,27 @@ def read_images(model, charset, images, batch_size, calibration=UNCALIBRATED, pr
     return [reading._replace(confidence=calibrated(reading.confidence, calibration)) for reading in readings]
 
 
+def similar_widths(widths, batch_size):
+    """Yield lists of indices, by width, batch_size or fewer of them: no picture of a batch is padded by more than a quarter and 8 pixels."""
+    batch = []
+    for i in sorted(range(len(widths)), key=widths.__getitem__):
+        if len(batch) == batch_size or batch and widths[i] > 1.25 * widths[batch[0]] + 8:
+            yield batch
+            batch = []
+        batch.append(i)
+    if batch:
+        yield batch
+
+
 @torch.inference_mode()
 def read_once(model, charset, images, batch_size, precision):
     """Read images as they are, sorted by width so that little is padded. Returns Readings in their order, not calibrated."""
-    order = sorted(range(len(images)), key=lambda i: images[i].shape[1])
     readings = [None] * len(images)
     device = next(model.parameters()).device
     dtype = arithmetic(device.type, precision)
-    for start in range(0, len(order), batch_size):
-        batch = order[start:start + batch_size]
+    for batch in similar_widths([image.shape[1] for image in images], batch_size):
         # Every new shape costs preparation, and memory that the next cannot use: few shapes.
-        ink, widths = pad_batch([images[i] for i in batch], multiple=32 if len(images) > batch_size else 1)  # (N, 1, H, W), (N,)
+        ink, widths = pad_batch([images[i] for i in batch], multiple=8 if len(images) > 1 else 1)  # (N, 1, H, W), (N,)
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             logits, frames = model(ink.to(device), widths)  # (T, N, C), (N,)
         for i, reading in zip(batch, greedy_decode(logits, frames, charset)):

@@ -410,7 +410,7 @@ def reading():
     rows, words = crnn.add_split(crnn.read_labels(DEFAULT_CSV)), []
     folder = FOLDER / "words"
     folder.mkdir(parents=True, exist_ok=True)
-    for row in rows[(rows.split == "test") & (rows.source == "trdg_custom") & (rows["style"] == "plain") & ~rows.label.str.contains(" ")].itertuples():
+    for row in rows[(rows.split != "train") & (rows.source == "trdg_custom") & (rows["style"] == "plain") & ~rows.label.str.contains(" ")].itertuples():
         picture = crnn.load_image(DEFAULT_CSV.parent / row.image_path)
         if 80 <= picture.shape[1] <= 120 and len(words) < READING_WORDS:
             Image.fromarray(picture.numpy()).save(folder / Path(row.image_path).name)

@@ -24,7 +24,6 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-BATCH_SIZE = 64  # for those that take several pictures at once
 TALL = bool(os.environ.get("PEERS_TALL"))  # an environment variable, so that benchmark.py can set it for a process
 
 
@@ -34,7 +33,7 @@ def ours():
 
     import inference_crnn
     torch.set_num_threads(1)
-    inference_crnn.BATCH_SIZE, inference_crnn.NUM_THREADS = BATCH_SIZE, 1
+    inference_crnn.NUM_THREADS = 1
     checkpoint = inference_crnn.load_checkpoint(os.environ.get("PEERS_MODEL") or inference_crnn.model_path())
     return lambda images: [reading.text for reading in inference_crnn.recognize(images, checkpoint)]
 
