@@ -50,7 +50,7 @@ FOREIGN = FOLDER / "foreign"  # by python tests/draw_foreign.py datasets/benchma
 OWN_START = ROOT / "ocr_crnn_model" / "pretrained.pth"  # the weights that the part "own" starts from
 REPEATS = 5  # of each timing of the parts "speed", "reading" and "starting"
 READING_WORDS = 480  # printed words of about 100 pixels, of the part "reading"
-PEERS_ROWS = 400  # test rows of each source of DEFAULT_CSV, of the part "peers"
+PEERS_ROWS = 2_000  # test rows of each source of DEFAULT_CSV, of the part "peers": by default all
 DAMAGED_FILES = 2_000  # of the part "damaged"
 MEMORY_PICTURES = 10_000, 100_000  # of the part "memory"
 # ---------------------------------------------------------------------------------------------------------------------
