@@ -413,15 +413,14 @@ def scaled(image, height, width):
     return torch.from_numpy(np.array(Image.fromarray(image.numpy()).resize(size, Image.Resampling.BICUBIC)))
 
 
-def read_images(model, charset, images, batch_size, calibration=UNCALIBRATED, precision=None):
+def read_images(model, charset, images, batch_size, calibration=UNCALIBRATED):
     """Read uint8 tensors (H, W_i) as load_image returns them; those that are read with little confidence once more, in other looks.
 
-    calibration: see calibrate; precision: see arithmetic. Returns a list of Readings in the order of images, of several
-    looks the one with the most confidence.
+    calibration: see calibrate. Returns a list of Readings in the order of images, of several looks the one with the most confidence.
     """
-    readings = read_once(model, charset, images, batch_size, precision)
+    readings = read_once(model, charset, images, batch_size)
     again = [(i, look) for i, reading in enumerate(readings) if reading.confidence < SECOND_LOOK for look in looks(images[i])]
-    for (i, _), reading in zip(again, read_once(model, charset, [look for _, look in again], batch_size, precision)):
+    for (i, _), reading in zip(again, read_once(model, charset, [look for _, look in again], batch_size)):
         readings[i] = max(readings[i], reading, key=lambda reading: reading.confidence)
     return [reading._replace(confidence=calibrated(reading.confidence, calibration)) for reading in readings]
 
@@ -439,11 +438,11 @@ def similar_widths(widths, batch_size):
 
 
 @torch.inference_mode()
-def read_once(model, charset, images, batch_size, precision):
+def read_once(model, charset, images, batch_size):
     """Read images as they are, sorted by width so that little is padded. Returns Readings in their order, not calibrated."""
     readings = [None] * len(images)
     device = next(model.parameters()).device
-    dtype = arithmetic(device.type, precision)
+    dtype = arithmetic(device.type)
     for batch in similar_widths([image.shape[1] for image in images], batch_size):
         # Every new shape costs preparation, and memory that the next cannot use: few shapes.
         ink, widths = pad_batch([images[i] for i in batch], multiple=8 if len(images) > 1 else 1)  # (N, 1, H, W), (N,)

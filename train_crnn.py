@@ -427,6 +427,7 @@ def carry_over(path, charset):
 def train_epoch(net, optimizers, schedules, scaler, buckets, sizes, description):
     """One pass over all buckets. Returns the mean losses per picture of up to 20 parts of it; SystemExit when one is no number."""
     device = next(net.parameters()).device
+    dtype = arithmetic(device.type, PRECISION)
     batches = shuffled_batches(buckets, sizes, BATCH_SIZE // world_size())
     parts, total, count = [], torch.zeros((), device=device), 0
     bar = tqdm(total=sum(sizes.values()), desc=description, unit="img", leave=False, mininterval=1,
@@ -440,7 +441,7 @@ def train_epoch(net, optimizers, schedules, scaler, buckets, sizes, description)
         widths = torch.full((len(indices),), ink.shape[3])  # the padding is paper, and counts as part of the picture
         targets, frames = bucket.targets[indices], num_frames(widths)  # (N, longest), (N,)
         lengths = bucket.lengths[indices].masked_fill(blank, 0)  # (N,)
-        with torch.autocast(device.type, arithmetic(device.type, PRECISION), enabled=arithmetic(device.type, PRECISION) != torch.float32):
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             logits, shortcut = net(ink, widths)  # (T, N, C) each
         loss = ctc_loss(logits, targets, frames, lengths)
         for optimizer in optimizers:
@@ -623,11 +624,12 @@ def main():
         model = CRNN(charset.num_classes, HEIGHT, CHANNELS, HIDDEN, DROPOUT)
     net = WithShortcut(model).to(device)
     optimizers, schedules = make_optimizers(net, epochs * batches)
-    scaler = torch.amp.GradScaler(device.type, enabled=arithmetic(device.type, PRECISION) == torch.float16)
+    dtype = arithmetic(device.type, PRECISION)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     parts = dict(net=net, scaler=scaler, **{f"optimizer {i}": optimizer for i, optimizer in enumerate(optimizers)},
                  **{f"schedule {i}": schedule for i, schedule in enumerate(schedules)})
     print(f"{sum(p.numel() for p in model.parameters()):,} weights, {epochs} epochs of {batches:,} batches on {device} in "
-          f"{arithmetic(device.type, PRECISION)}" + f", {world_size()} processes" * (world_size() > 1))
+          f"{dtype}" + f", {world_size()} processes" * (world_size() > 1))
 
     # best: exact match of the saved epoch, below 0 before there is one
     state = dict(epoch=0, best=-1.0, seconds=0.0, history=[], fingerprint=fingerprint(rows))

@@ -47,6 +47,7 @@ DRAWING_NUMBER = 40_000  # pictures of the part "drawing"
 STYLES_BATCHES = 1_800  # for each variant of the part "styles", on the pictures of DEFAULT_CSV
 DEFAULT_CSV = ROOT / "datasets" / "data.csv"  # of python prepare_ocr_dataset.py
 FOREIGN = FOLDER / "foreign"  # by python tests/draw_foreign.py datasets/benchmark/foreign 1 800: what the part "styles" measures on
+FOREIGN_TEST = ROOT / "tests" / "foreign"  # the test set among the pictures by other programs, of the parts from "peers" on
 OWN_START = ROOT / "ocr_crnn_model" / "pretrained.pth"  # the weights that the part "own" starts from
 REPEATS = 5  # of each timing of the parts "speed", "reading" and "starting"
 READING_WORDS = 480  # printed words of about 100 pixels, of the part "reading"
@@ -427,8 +428,8 @@ def peers():
     """Lines read without an error by ours and by other recognisers, on the same test rows and on tests/foreign; of two preparations the better one."""
     rows = crnn.add_split(crnn.read_labels(DEFAULT_CSV))
     chosen = rows[rows.split == "test"].sample(frac=1, random_state=0).groupby("source").head(PEERS_ROWS)
-    foreign = crnn.read_labels(ROOT / "tests" / "foreign" / "labels.csv")
-    foreign["image_path"] = [os.path.relpath(ROOT / "tests" / "foreign" / path, DEFAULT_CSV.parent) for path in foreign.image_path]
+    foreign = crnn.read_labels(FOREIGN_TEST / "labels.csv")
+    foreign["image_path"] = [os.path.relpath(FOREIGN_TEST / path, DEFAULT_CSV.parent) for path in foreign.image_path]
     path = DEFAULT_CSV.parent / ".peers.csv"
     crnn.write_labels(pd.concat([chosen, foreign.assign(source="foreign: " + foreign.source)])[["image_path", "label", "source"]], path)
     results = []
@@ -450,7 +451,7 @@ def peers():
 
 def starting():
     """From the start of python inference_crnn.py PICTURE to its end, against import torch alone; turn by turn, median."""
-    picture = next((ROOT / "tests" / "foreign").glob("*.png"))
+    picture = next(FOREIGN_TEST.glob("*.png"))
     commands = {"python -c 'import torch'": ["-c", "import torch"], "python inference_crnn.py one.png": [str(ROOT / "inference_crnn.py"), str(picture)]}
     seconds = {name: [] for name in commands}
     for _ in range(REPEATS + 1):
@@ -491,7 +492,7 @@ def damaged():
     folder = FOLDER / "damaged"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    sources = sorted((ROOT / "tests" / "foreign").glob("*.png"))
+    sources = sorted(FOREIGN_TEST.glob("*.png"))
     endings = dict(PNG="png", JPEG="jpg", WEBP="webp", TIFF="tif", BMP="bmp", GIF="gif")
     for i in range(DAMAGED_FILES):
         memory, format = io.BytesIO(), random.choice(list(endings))
@@ -509,7 +510,7 @@ def robust():
     """Empty paper, and tests/foreign as it is and changed in ways that leave the text readable; by the shipped weights or a model of one's own."""
     chance = np.random.default_rng(0)
     paper = []
-    for i in range(200):
+    for _ in range(200):
         height, width = chance.integers(20, 80), chance.integers(20, 500)
         light = np.linspace(*chance.uniform(120, 255, 2), width)[None] + np.linspace(0, chance.uniform(-40, 40), height)[:, None]
         paper.append((light + chance.normal(0, chance.choice([0, 2, 6, 15]), (height, width))).clip(0, 255).astype(np.uint8))
@@ -517,8 +518,8 @@ def robust():
     read = inference_crnn.recognize(paper, checkpoint)
     confidences = [reading.confidence for reading in read if not reading.text]
     results = [("robust: 200 pictures of empty paper", f"{len(confidences)} read as nothing, mean confidence {statistics.mean(confidences or [0]):.2f}")]
-    rows = crnn.read_labels(ROOT / "tests" / "foreign" / "labels.csv")
-    pictures = [Image.open(ROOT / "tests" / "foreign" / path).convert("L") for path in rows.image_path]
+    rows = crnn.read_labels(FOREIGN_TEST / "labels.csv")
+    pictures = [Image.open(FOREIGN_TEST / path).convert("L") for path in rows.image_path]
 
     def lit(image):
         ink = np.asarray(image, dtype=np.float32)
@@ -536,9 +537,9 @@ def robust():
 
 def memory():
     """The peak memory of reading ten thousand and a hundred thousand pictures of a csv."""
-    rows, results = crnn.read_labels(ROOT / "tests" / "foreign" / "labels.csv"), []
+    rows, results = crnn.read_labels(FOREIGN_TEST / "labels.csv"), []
     for number in MEMORY_PICTURES:
-        path = ROOT / "tests" / "foreign" / f".{number}.csv"
+        path = FOREIGN_TEST / f".{number}.csv"
         try:
             crnn.write_labels(pd.concat([rows] * -(-number // len(rows))).head(number), path)
             start = time.perf_counter()

@@ -98,7 +98,7 @@ READERS = {  # name: what makes the function from grey pictures to texts, and ho
 def tall(image):
     """Dark ink on light paper, 64 pixels high: what a careful user of another engine would do first."""
     from crnn import dark_on_light
-    image = Image.fromarray(np.asarray(dark_on_light(image)))
+    image = Image.fromarray(dark_on_light(image))
     return np.asarray(image.resize((max(1, round(image.width * 64 / image.height)), 64), Image.Resampling.BICUBIC))
 
 

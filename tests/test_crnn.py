@@ -202,7 +202,7 @@ def test_unsure_readings_get_a_second_look(monkeypatch):
     assert [look.shape for look in crnn.looks(torch.full((32, 40), 255, dtype=torch.uint8))] == [(32, 50), (32, 34)]
 
     seen = []
-    def read_once(model, charset, images, batch_size, precision):
+    def read_once(model, charset, images, batch_size):
         seen.append(len(images))
         return [Reading(f"{image.shape[1]}", 0.9 if image.shape[1] in (300, wide.shape[1]) else 0.3, []) for image in images]
     monkeypatch.setattr(crnn, "read_once", read_once)
