@@ -33,6 +33,8 @@ HEIGHT = 32  # rows of the tensor that the network sees, in pixels; a multiple o
 PIXELS_PER_FRAME = 4  # horizontal stride of the CNN
 MAX_ASPECT = 256  # width over height beyond which a picture is no line of text (a 400-character line has about 200)
 MIN_TONES = 40  # of 256 grey levels; a fainter picture is not stretched further, so that a blank one stays blank
+USUAL_PITCH = 8  # pixels of width from stroke to stroke; a line in which they stand closer is widened, by half as much again at most
+LOW_LINE, USUAL_LINE = 0.36, 0.45  # parts of the height; a line of text lower than the first is brought nearer until it has the second
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp", ".gif"}
 LABEL_COLUMNS = ["image_path", "label"]  # the two that any csv must have; data.csv adds source and split
 CHECKPOINT_FORMAT = 1  # raised when an older reader could misunderstand a newer file
@@ -88,7 +90,8 @@ def load_image(source, height=HEIGHT):
     """Read a picture of one line of text as dark ink on light paper.
 
     source: path, PIL image, or array (H, W) or (H, W, 3 or 4) of uint8, bool, or floats from 0 to 1.
-    Returns a uint8 tensor (height, W), 255 = paper, 0 = the darkest ink, the aspect ratio kept.
+    Returns a uint8 tensor (height, W), 255 = paper, 0 = the darkest ink. The aspect ratio is kept but where text is condensed,
+    and all of the picture but paper far above and below the text, see closer_view.
     Raises ValueError with one line naming the picture when it cannot be opened, is empty, or is far too wide for a line.
     """
     name = f"{source}" if isinstance(source, (str, os.PathLike)) else f"picture of type {type(source).__name__}"
@@ -96,8 +99,10 @@ def load_image(source, height=HEIGHT):
         with open_image(source) as image:
             check_size(image)
             grey = to_grey(ImageOps.exif_transpose(image))
-        width = max(1, round(grey.width * height / grey.height))
-        ink = np.asarray(grey.resize((width, height), Image.Resampling.BICUBIC))
+        ink = at_height(grey, height)
+        view = closer_view(ink)
+        if view:
+            ink = at_height(grey, height, *view)
     except FileNotFoundError:
         raise ValueError(f"{name}: no such file") from None
     except UnidentifiedImageError:
@@ -105,7 +110,40 @@ def load_image(source, height=HEIGHT):
     except (OSError, SyntaxError, ValueError, TypeError, EOFError, MemoryError, Image.DecompressionBombError) as error:
         # The exceptions that Pillow's decoders raise for damaged files; a SyntaxError is what its PNG reader raises.
         raise ValueError(f"{name}: cannot be read ({error})") from None
-    return torch.from_numpy(dark_on_light(ink))  # (height, W)
+    return torch.from_numpy(ink)  # (height, W)
+
+
+def at_height(grey, height, top=0.0, bottom=1.0, widen=1.0):
+    """The part of a grey PIL picture between top and bottom, from 0 to 1 of its height, as dark_on_light returns it, (height, W)."""
+    box = (0, top * grey.height, grey.width, bottom * grey.height)
+    width = max(1, round(grey.width * widen * height / (box[3] - box[1])))
+    return dark_on_light(np.asarray(grey.resize((width, height), Image.Resampling.BICUBIC, box)))
+
+
+def closer_view(picture):
+    """What to change about a picture, uint8 (H, W), 255 = paper, before it is read: top, bottom and widen of at_height; None: nothing.
+
+    Text is easiest to read at the size and pitch that most of it has: small text between high margins is brought nearer,
+    and condensed text widened. Both only where there are at least 4 strokes side by side, and lines higher than an eighth of
+    the picture, since the place of a single character tells a comma from a quote and c from C.
+    """
+    height, ink = len(picture), picture < 140
+    rows = np.flatnonzero(ink.sum(1) >= max(1, picture.shape[1] / 100))  # with ink in more than specks
+    if not len(rows):
+        return None
+    top, bottom = int(rows[0]), int(rows[-1]) + 1
+    columns = np.flatnonzero(ink[top:bottom].any(0))
+    width, line = int(columns[-1] - columns[0]) + 1, bottom - top
+    starts = (np.diff(ink[top:bottom].view(np.int8), axis=1, prepend=0) == 1).sum(1)  # of strokes in every row
+    strokes = np.sort(starts)[-max(1, line // 3):].mean()
+    if strokes < 4:
+        return None
+    first, last = 0.0, 1.0
+    if height / 8 <= line < LOW_LINE * height and width > 2.5 * line:
+        middle, reach = (top + bottom) / 2 / height, line / USUAL_LINE / 2 / height
+        first, last = max(0.0, middle - reach), min(1.0, middle + reach)
+    widen = min(max(USUAL_PITCH * strokes * (last - first) / width, 1.0), 1.5)
+    return (first, last, widen) if widen > 1.05 or last - first < 1 else None
 
 
 def open_image(source):
@@ -605,9 +643,10 @@ def read_labels(csv_path):
 
 
 def write_labels(rows, csv_path):
-    """Write a DataFrame so that read_labels finds the same strings again; whole or not at all."""
-    with whole_file(csv_path) as temporary:
-        rows.to_csv(temporary, index=False, quoting=csv.QUOTE_ALL, lineterminator="\n", encoding="utf-8")
+    """Write a DataFrame, or several one after the other, so that read_labels finds the same strings again; whole or not at all."""
+    with whole_file(csv_path) as temporary, open(temporary, "w", encoding="utf-8", newline="") as file:
+        for i, part in enumerate([rows] if hasattr(rows, "to_csv") else rows):
+            part.to_csv(file, index=False, header=i == 0, quoting=csv.QUOTE_ALL, lineterminator="\n")
 
 
 def add_split(rows):

@@ -11,6 +11,7 @@ and machines. Run again, the script draws only what is not there yet, or what ot
 """
 import contextlib
 import hashlib
+import heapq
 import json
 import multiprocessing
 import os
@@ -27,12 +28,13 @@ from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from functools import cache, lru_cache, partial
+from itertools import groupby, islice
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Callable, NamedTuple
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFilter, ImageFont, ImageOps
+from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont, ImageOps
 from tqdm import tqdm
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -67,6 +69,8 @@ PRINTED, HAND = "printed", "handwriting"
 TRDG_BY_HAND = {"Pacifico.ttf", "Amatic-Bold.ttf", "AmaticSC-Regular.ttf", "FFF_Tusj.ttf"}  # of its fonts, those that imitate a hand
 LOOK_ALIKES = {"O0": 0.5, "Il": 0.72, "I|": 0.72, "l|": 0.72, "1l": 0.72, "1I": 0.72}  # and the overlap from which they are alike
 DRAWN_ONLY = {"dseg7": "0123456789-.: "}  # fonts that draw other characters as nobody would read them
+LENT = "×÷±√π≤≥≠"  # characters that a font in print which lacks them borrows from another
+LOAN = "|"  # stands between a font file, the one it borrows from, and what it borrows; no path on Windows holds it
 TRDG_MISSING = "trdg is not installed: run pip install --no-deps trdg==1.8.0"
 FONTS = ()  # every usable Font; filled by main and, in each worker, by start_worker
 
@@ -115,6 +119,12 @@ class Font(NamedTuple):
     characters: frozenset  # of CHARSET, those that the font draws, and draws unlike all others
     doubtful: frozenset  # of these, those that only the rest of a word tells from a look-alike
     held_out: bool  # only for validation and test rows
+    loan: str = ""  # another font file and the characters that are borrowed from it, as typeface takes them
+
+    @property
+    def face(self):
+        """What typeface, and so TRDG, knows the font by."""
+        return self.path + self.loan
 
 
 def find_fonts():
@@ -140,7 +150,35 @@ def find_fonts():
                 notes.append(f"{path} is left out: it draws only {len(characters)} characters of the charset")
                 continue
             fonts.append(Font(str(path), kind, family, characters, doubtful, False))
-    return hold_out_families(fonts), notes
+    return lend_signs(hold_out_families(fonts)), notes
+
+
+def lend_signs(fonts):
+    """Give the fonts in print that lack signs of LENT those of another, as browsers and word processors do, since few have √ or ≤.
+
+    Held-out fonts lend to held-out ones only. A hash gives the family that lends, and of its fonts it is the one most alike in boldness.
+    """
+    lending = {True: {}, False: {}}  # held out or not -> family -> its fonts that have all signs
+    for font in sorted(fonts, key=lambda font: Path(font.path).name):
+        if font.kind == PRINTED and set(LENT) <= font.characters:
+            lending[font.held_out].setdefault(font.family, []).append(font)
+    with_loans = []
+    for font in fonts:
+        lacking = "".join(c for c in LENT if c in CHARSET and c not in font.characters)
+        families = list(lending[font.held_out].values())
+        if lacking and families and font.kind == PRINTED and font.family not in DRAWN_ONLY:
+            family = families[zlib.crc32(Path(font.path).name.encode()) % len(families)]
+            lender = min(family, key=lambda lender: abs(boldness(lender.path) - boldness(font.path)))
+            font = font._replace(characters=font.characters | set(lacking), loan=f"{LOAN}{lender.path}{LOAN}{lacking}")
+        with_loans.append(font)
+    return with_loans
+
+
+@cache
+def boldness(path):
+    """How thick a font's strokes are, in pixels at a size of 40, by its plus sign; 0 where it has none."""
+    mask = ImageFont.truetype(path, 40, layout_engine=ImageFont.Layout.BASIC).getmask("+")
+    return sum(bytes(mask)) / 255 / max(1, sum(mask.size))
 
 
 @cache
@@ -166,6 +204,8 @@ def survey_font(path, charset):
     bottom = {c: font.getbbox(c, anchor="ls")[3] for c in "npgy"}  # below the baseline, in pixels
     if max(bottom["p"], bottom["g"], bottom["y"]) - bottom["n"] < 3:  # 3 of 40: none of them has a descender
         characters -= set(string.ascii_lowercase)
+    if sum(glyph("≠")[1]) < sum(glyph("=")[1]):
+        characters -= {"≠"}  # Lato's italics draw a mere stroke
     pairs = [pair for pair, limit in LOOK_ALIKES.items() if set(pair) <= characters and overlap(font, *pair) > limit]
     return font.getname()[0].split()[0].lower(), frozenset(characters), frozenset("".join(pairs))
 
@@ -701,8 +741,45 @@ def typed(character, face):
 
 @lru_cache(maxsize=4096)
 def typeface(font, size):
-    """A font file at a size in pixels. TRDG calls it by these names."""
-    return ImageFont.truetype(font, size, layout_engine=ImageFont.Layout.BASIC)
+    """A font at a size in pixels: a file, or Font.face. TRDG calls it by these names."""
+    path, *loan = font.split(LOAN)
+    return WithLoan(path, size, *loan) if loan else ImageFont.truetype(path, size, layout_engine=ImageFont.Layout.BASIC)
+
+
+class WithLoan(ImageFont.FreeTypeFont):
+    """A font that borrows characters from another, and sets them on its own baseline. What TRDG asks of a font, and no more."""
+
+    def __init__(self, path, size, lender, borrowed):
+        super().__init__(path, size, layout_engine=ImageFont.Layout.BASIC)
+        self.lender, self.borrowed = typeface(lender, size), borrowed
+        self.lower = self.getmetrics()[0] - self.lender.getmetrics()[0]  # of the other's ascender line, in pixels
+
+    def runs(self, text):
+        """(whether it is borrowed, the characters) for every part of a text."""
+        return [(loan, "".join(part)) for loan, part in groupby(text, lambda c: c in self.borrowed)]
+
+    def getlength(self, text, *args, **options):
+        return sum((self.lender if loan else super(WithLoan, self)).getlength(part, *args, **options) for loan, part in self.runs(text))
+
+    def getbbox(self, text, *args, **options):
+        mask, (x, y) = self.getmask2(text, "L", *args, **options)
+        return x, y, x + mask.size[0], y + mask.size[1]
+
+    def getmask2(self, text, mode="", *args, **options):
+        if not set(text) & set(self.borrowed):
+            return super().getmask2(text, mode, *args, **options)
+        x, parts = 0, []
+        for loan, part in self.runs(text):
+            mask, (left, top) = (self.lender if loan else super()).getmask2(part, mode, *args, **options)
+            parts.append((mask, round(x) + left, max(0, top + self.lower) if loan else top))
+            x += (self.lender if loan else super()).getlength(part)
+        left, top = min(p[1] for p in parts), min(p[2] for p in parts)
+        size = max(p[1] + p[0].size[0] for p in parts) - left, max(p[2] + p[0].size[1] for p in parts) - top
+        together = Image.new("L", size)
+        for mask, x, y in parts:
+            box = (x - left, y - top, x - left + mask.size[0], y - top + mask.size[1])
+            together.paste(ImageChops.lighter(together.crop(box), Image.frombytes("L", mask.size, bytes(mask))), box)
+        return together.im, (left, top)
 
 
 @cache
@@ -734,7 +811,7 @@ def draw_line(text, font, alone=False, plain=True):
     height = random.randrange(24, 53, 2)  # of the line box, in pixels; even, so that the cache holds every font at every size
     wave = random.random() < 0.08 and height >= 36  # TRDG moves rows and columns by up to the root of the height
     image, mask = next(trdg_generator()(
-        [f" {text} "], count=1, fonts=[font.path], size=height, text_color=colour,
+        [f" {text} "], count=1, fonts=[font.face], size=height, text_color=colour,
         word_split=random.random() < 0.9, character_spacing=random.choice([0, 0, 1, 2, height // 12]),
         space_width=random.uniform(1, 1.7), skewing_angle=random.choice([0, 0, 1, 2, 3]), random_skew=True,
         distorsion_type=random.randint(1, 2) if wave else 0, distorsion_orientation=random.randint(0, 2),  # not 3: it tears strokes
@@ -746,7 +823,7 @@ def draw_line(text, font, alone=False, plain=True):
     left, top, right, bottom = random_margins(box, image.size, tight=not alone and len(text) > 2 and random.random() < 0.5)
     image = image.convert("L").crop((left, top, right, bottom))
     if random.random() < 0.3:  # condensed and extended
-        image = image.resize((max(4, round(image.width * random.uniform(0.75, 1.3))), image.height), Image.Resampling.BILINEAR)
+        image = image.resize((max(4, round(image.width * 2 ** random.uniform(-0.6, 0.4))), image.height), Image.Resampling.BILINEAR)
     return image
 
 
@@ -770,7 +847,7 @@ def draw_text(split, kind, text, alone, style):
     if not font:
         return None
     if style.cells:
-        face = typeface(font.path, random.randrange(24, 45, 2))
+        face = typeface(font.face, random.randrange(24, 45, 2))
         return Image.fromarray(style.finish(*in_cells(text, lambda c: typed(c, face), sum(face.getmetrics()))))
     image = draw_line(text, font, alone, plain=style.finish is None)
     return Image.fromarray(style.finish(ink_of(image))) if image and style.finish else image
@@ -1081,7 +1158,7 @@ def fault(picture, source, style):
 
 def draw_sample(source, folder, index):
     """Draw sample index of a source into folder. Returns file name, label, split and style."""
-    from crnn import HEIGHT, frames_needed, load_image, num_frames
+    from crnn import frames_needed, load_image, num_frames
 
     random.seed(f"{SEED} {source} {index}")  # of a string: the same on every platform
     cv2().setRNGSeed(random.getrandbits(31))  # TRDG's noise
@@ -1089,8 +1166,8 @@ def draw_sample(source, folder, index):
         image, label, style = SOURCES[source].draw(index)
         if image and 0 < len(label) <= MAX_LENGTH and label.strip() == label and set(label) <= set(CHARSET) \
                 and not RUN_TOGETHER.search(label):
-            if frames_needed(label) <= num_frames(round(image.width * HEIGHT / image.height)) \
-                    and not fault(load_image(image).numpy(), source, style):
+            picture = load_image(image).numpy()
+            if frames_needed(label) <= num_frames(picture.shape[1]) and not fault(picture, source, style):
                 break
     else:
         raise CannotDraw(f"no {source} picture could be drawn in {TRIES} tries (the last label was {label!r}): are CHARSET, "
@@ -1103,8 +1180,10 @@ def draw_sample(source, folder, index):
 def draw_chunk(source, folder, fingerprint, indices):
     """Draw some samples, and when all are there, write down what they are. Returns how many. Runs in the workers."""
     cv2().setNumThreads(1)  # there is a worker to a processor already
-    rows = [draw_sample(source, folder, index) for index in indices]
-    write_manifest(Path(folder) / f"{indices[0]:05}.json", fingerprint, rows)
+    rows = [draw_sample(source, folder, int(index)) for index in indices]
+    path = Path(folder) / f"{indices[0] // CHUNK * CHUNK:09}.json"
+    before = read_manifest(path, fingerprint)  # of a run that was interrupted, and whose pictures were then lost in part
+    write_manifest(path, fingerprint, sorted({*before, *rows}, key=index_of))
     return len(rows)
 
 
@@ -1114,7 +1193,7 @@ def start_worker(constants):
 
 
 def draw_chunks(source, chunks, folder, fingerprint):
-    """Draw this process's share of the chunks, lists of indices, into folder, with NUM_WORKERS to a machine."""
+    """Draw this process's share of the chunks, arrays of indices, into folder, with NUM_WORKERS to a machine."""
     from crnn import rank, workers_per_process, world_size
 
     mine = chunks[rank()::world_size()]
@@ -1137,7 +1216,7 @@ def fingerprint(source):
     """A number that changes with all that shapes the pictures of a source, but for their number: constants, code, fonts, EMNIST."""
     code = Path(__file__).read_text(encoding="utf-8").split("# " + "-" * 117)[2:]  # without the constants that the user edits
     parts = ["".join(code), repr((SEED, CHARSET, MAX_LENGTH, STYLED))]
-    parts += [f"{Path(font.path).name} {font.held_out} {zlib.crc32(Path(font.path).read_bytes())}"
+    parts += [f"{Path(font.path).name} {font.held_out} {Path(font.loan).name} {zlib.crc32(Path(font.path).read_bytes())}"
               for font in FONTS if font.kind in SOURCES[source].kinds]
     if not SOURCES[source].kinds:
         parts += [str(zlib.crc32(emnist(DATASETS_DIR, SEED, split)[0].data)) for split in ("train", "val", "test")]
@@ -1145,60 +1224,91 @@ def fingerprint(source):
 
 
 def write_manifest(path, fingerprint, rows):
+    """One line with the fingerprint and one a row (name, label, split, style), as JSON. Returns how many rows."""
     from crnn import whole_file
 
-    with whole_file(path) as temporary:
-        temporary.write_text(json.dumps(dict(fingerprint=fingerprint, rows=rows)), encoding="utf-8")
+    number = 0
+    with whole_file(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
+        print(json.dumps(fingerprint), file=file)
+        for number, row in enumerate(rows, start=1):
+            print(json.dumps(row), file=file)
+    return number
 
 
 def read_manifest(path, fingerprint):
-    """The rows of a manifest with this fingerprint; none where there is no such manifest, and none of a damaged one: they are drawn again."""
+    """Yield the rows of a manifest with this fingerprint; of a damaged one those before the damage: the others are drawn again."""
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-        return [tuple(row) for row in manifest["rows"]] if manifest["fingerprint"] == fingerprint else []
-    except (FileNotFoundError, ValueError, KeyError, TypeError):
-        return []
+        with open(path, encoding="utf-8") as file:
+            if json.loads(next(file, "null")) == fingerprint:
+                for line in file:
+                    yield tuple(json.loads(line))
+    except (FileNotFoundError, ValueError):
+        return
+
+
+def index_of(row):
+    """Which sample a row of a manifest is: its file name is the index."""
+    return int(row[0].split(".")[0])
 
 
 def drawn_so_far(count, fingerprint, folder, staging):
-    """Rows (name, label, split, style) of the pictures with an index below count that are in folder or in staging, by index."""
-    rows, there = {}, {path.name for place in (folder, staging) for path in place.glob("*.png")}
-    for path in (folder / "manifest.json", *sorted(staging.glob("*.json"))):
-        for row in read_manifest(path, fingerprint):
-            index = int(row[0].split(".")[0])
-            if index < count and row[0] in there:
-                rows[index] = row
-    return rows
+    """Yield the rows of the pictures with an index below count that are in folder or in staging, by index.
+
+    One after the other from the files, each of which is in order, so that a million pictures take no more memory than a thousand.
+    """
+    chunks = (row for path in sorted(staging.glob("[0-9]*.json")) for row in read_manifest(path, fingerprint))
+    manifests = [read_manifest(place / "manifest.json", fingerprint) for place in (folder, staging)]
+    last = -1
+    for row in heapq.merge(*manifests, chunks, key=index_of):
+        index = index_of(row)
+        if last < index < count and any((place / row[0]).exists() for place in (folder, staging)):
+            last = index
+            yield row
 
 
 def draw_source(source, count, mark, folder, staging):
-    """Draw what is missing of the first count samples of a source into staging. Returns all rows, and how many of them are new.
-
-    mark: the source's fingerprint.
-    """
+    """Draw what is missing of the first count samples of a source into staging. Returns how many are new. mark: the source's fingerprint."""
     from crnn import gather, rank
 
-    kept = gather(drawn_so_far(count, mark, folder, staging) if rank() == 0 else None)[0]  # looked up before anyone draws
-    missing = [i for i in range(count) if i not in kept]
-    if missing:
+    kept = np.zeros(count, bool)
+    if rank() == 0:  # looked up before anyone draws
+        for row in drawn_so_far(count, mark, folder, staging):
+            kept[index_of(row)] = True
+    kept = gather(kept if rank() == 0 else None)[0]
+    chunks = [first + np.flatnonzero(~kept[first:first + CHUNK]) for first in range(0, count, CHUNK)]
+    chunks = [chunk for chunk in chunks if len(chunk)]
+    if chunks:
         staging.mkdir(parents=True, exist_ok=True)
-        draw_chunks(source, [missing[i:i + CHUNK] for i in range(0, len(missing), CHUNK)], staging, mark)
+        draw_chunks(source, chunks, staging, mark)
     gather(None)  # all have drawn
-    rows = drawn_so_far(count, mark, folder, staging)
-    return [rows[i] for i in range(count)], len(missing)
+    return int(count - kept.sum())
 
 
-def move_in(staging, folder, fingerprint, rows):
+def move_in(staging, folder, fingerprint, count):
     """Put freshly drawn pictures in the place of the former ones, and remove those beyond. Files with other names are left alone."""
     folder.mkdir(parents=True, exist_ok=True)
+    if write_manifest(staging / "manifest.json", fingerprint, drawn_so_far(count, fingerprint, folder, staging)) < count:
+        raise CannotDraw(f"pictures have vanished from {folder.as_posix()} while others were drawn: run the script again")
     (folder / "manifest.json").unlink(missing_ok=True)
-    names = {row[0] for row in rows}
     for path in folder.iterdir():
-        if re.fullmatch(r"\d{5,}\.png", path.name) and path.name not in names:
+        if re.fullmatch(r"\d{5,}\.png", path.name) and int(path.stem) >= count:
             path.unlink()
     for path in staging.glob("*.png"):
         os.replace(path, folder / path.name)
-    write_manifest(folder / "manifest.json", fingerprint, rows)
+    os.replace(staging / "manifest.json", folder / "manifest.json")
+
+
+def tables(counts, marks, own):
+    """Yield all rows of data.csv, a few thousand at a time, as DataFrames. own: the rows of the user's own pictures, or None."""
+    import pandas as pd
+
+    for source in counts:
+        rows = read_manifest(Path(DATASETS_DIR) / source / "manifest.json", marks[source])
+        while part := list(islice(rows, 5_000)):
+            yield pd.DataFrame([(f"{source}/{name}", label, source, split, style) for name, label, split, style in part],
+                               columns=["image_path", "label", "source", "split", "style"])
+    if own is not None:
+        yield own
 
 
 def custom_rows():
@@ -1260,12 +1370,29 @@ def draw_preview(rows, path):
         sheet.save(temporary, format="PNG")
 
 
-def check_sample(rows, number=1000):
-    """Open that many of the pictures, spread over all, as training will. Raises SystemExit naming one that is blank, clipped or unreadable."""
+def overview(parts, every):
+    """What there is to say about all rows, which come in parts, without keeping them.
+
+    Returns two Counters, of (source, split) and of the characters in the training labels, and two DataFrames: one row in every
+    so many, and the first four of each source, style and split.
+    """
+    import pandas as pd
+
+    sizes, characters, spread, first = Counter(), Counter(), [], {}
+    for part in parts:
+        sizes.update(zip(part.source, part.split))
+        characters.update("".join(part.label[part.split == "train"]))
+        spread.append(part.iloc[::every])
+        for key, group in part.groupby(["source", "style", "split"], sort=False):
+            first[key] = pd.concat([first[key], group]).head(4) if key in first else group.head(4)
+    return sizes, characters, pd.concat(spread), pd.concat(first.values())
+
+
+def check_sample(rows):
+    """Open the pictures of rows as training will, but the user's own. Raises SystemExit naming one that is blank, clipped or unreadable."""
     from crnn import load_image
 
-    drawn = rows[rows.source != "custom"]
-    for row in drawn.iloc[::max(1, len(drawn) // number)].itertuples():
+    for row in rows[rows.source != "custom"].itertuples():
         path = Path(DATASETS_DIR) / row.image_path
         try:
             wrong = fault(load_image(path).numpy(), row.source, row.style)
@@ -1276,9 +1403,8 @@ def check_sample(rows, number=1000):
                              f"script again; it draws that folder anew")
 
 
-def report_characters(labels):
-    """Print how often every character stands in the training labels, and which of CHARSET stand there too seldom to be learned."""
-    counts = Counter("".join(labels))
+def report_characters(counts):
+    """Print how often every character stands in the training labels, a Counter, and which of CHARSET stand there too seldom to be learned."""
     print("\ncharacters in the training labels:")
     cells = [f"{c!r:>4}{n:>8,}" for c, n in counts.most_common()]
     for start in range(0, len(cells), 9):
@@ -1338,20 +1464,19 @@ def main():
     datasets = Path(DATASETS_DIR)
     staging = datasets / ".drawing"  # what stood before stays in place until all is drawn
     try:
-        rows, new, marks = {}, {}, {source: fingerprint(source) for source in counts}
+        new, marks = {}, {source: fingerprint(source) for source in counts}
         for source, count in counts.items():
-            rows[source], new[source] = draw_source(source, count, marks[source], datasets / source, staging / source)
+            new[source] = draw_source(source, count, marks[source], datasets / source, staging / source)
         if rank() > 0:
             return  # the first process sees to the rest
         (datasets / "data.csv").unlink(missing_ok=True)  # its labels belong to the former pictures
-        for source in counts:
-            move_in(staging / source, datasets / source, marks[source], rows[source])
-        table = pd.DataFrame([(f"{source}/{name}", label, source, split, style) for source in counts for name, label, split, style in rows[source]],
-                             columns=["image_path", "label", "source", "split", "style"])
-        table = pd.concat([table, custom_rows()], ignore_index=True)
-        check_sample(table)
-        draw_preview(table, datasets / "preview.png")
-        write_labels(table, datasets / "data.csv")
+        for source, count in counts.items():
+            move_in(staging / source, datasets / source, marks[source], count)
+        own = custom_rows()
+        sizes, characters, spread, first = overview(tables(counts, marks, own), every=max(1, sum(counts.values()) // 1000))
+        check_sample(spread)
+        draw_preview(first, datasets / "preview.png")
+        write_labels(tables(counts, marks, own), datasets / "data.csv")
         shutil.rmtree(staging, ignore_errors=True)
     except CannotDraw as error:
         raise SystemExit(str(error))
@@ -1364,9 +1489,9 @@ def main():
             raise SystemExit(f"stopped: {kept}; run the script again and it goes on with what is drawn already")
         raise SystemExit(f"cannot write to {datasets}: {error}. Make room there, or set DATASETS_DIR to another folder; {kept}")
 
-    print(f"\n{table.groupby(['source', 'split'], sort=False).size().unstack(fill_value=0).to_string()}")
-    report_characters(table.label[table.split == "train"])
-    print(f"\n{len(table):,} pictures in {time.perf_counter() - started:.0f} s, {sum(new.values()):,} of them new"
+    print(f"\n{pd.Series(sizes).unstack(fill_value=0).reindex(list(dict.fromkeys(source for source, _ in sizes))).to_string()}")
+    report_characters(characters)
+    print(f"\n{sizes.total():,} pictures in {time.perf_counter() - started:.0f} s, {sum(new.values()):,} of them new"
           f"\nlabels in {(datasets / 'data.csv').as_posix()}, a look at them in {(datasets / 'preview.png').as_posix()}")
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from conftest import FONT, ROOT, fake_emnist, line_image, write_csv, write_idx
 from crnn import frames_needed, load_image, num_frames, read_labels
@@ -189,6 +189,35 @@ def test_fonts_are_only_used_for_what_they_draw(prepare):
     assert not set("abc") & by_name["rock-salt-400.woff2"].characters and "A" in by_name["rock-salt-400.woff2"].characters
     assert not {"BEBAS___.ttf", "Capture_it.ttf", "SEASRN__.ttf"} & set(by_name)  # capitals for lower case
     assert not set("Il") & by_name["CaviarDreams.ttf"].characters  # one shape for both
+    assert "≠" not in prepare.survey_font(by_name["Lato-Italic.ttf"].path, prepare.CHARSET)[1]  # a mere stroke
+
+
+def test_signs_that_a_font_lacks_are_borrowed(prepare):
+    """A borrowed sign stands on the line as the lender draws it; all else is the font's own, and held-out fonts keep to themselves."""
+    prepare.FONTS, _ = prepare.find_fonts()
+    by_name = {Path(f.path).name: f for f in prepare.FONTS}
+    borrower = by_name["anton-400.woff2"]
+    lender, borrowed = borrower.loan.split(prepare.LOAN)[1:]
+    assert set("√≤") <= set(borrowed) <= borrower.characters and "±" not in borrowed and not by_name["DejaVuSans.ttf"].loan
+    held_out = {f.path for f in prepare.FONTS if f.held_out}
+    assert all((f.loan.split(prepare.LOAN)[1] in held_out) == f.held_out for f in prepare.FONTS if f.loan)
+    font, alone, other = (prepare.typeface(name, 40) for name in (borrower.face, borrower.path, lender))
+
+    def drawn(text, font, y=0):
+        image = Image.new("L", (300, 120))
+        ImageDraw.Draw(image).text((10, 20 + y), text, font=font, fill=255)
+        return np.asarray(image)
+
+    assert np.array_equal(drawn("8x", font), drawn("8x", alone)) and font.getmetrics() == alone.getmetrics()
+    lower = alone.getmetrics()[0] - other.getmetrics()[0]  # the baselines of both lie so far apart
+    assert np.array_equal(drawn("≤", font), drawn("≤", other, lower))
+    mixed = drawn("8√8", font)
+    first, second = round(alone.getlength("8")), round(alone.getlength("8") + other.getlength("√"))
+    assert np.array_equal(mixed[:, :10 + first], drawn("8", font)[:, :10 + first])
+    assert mixed[:, 10 + first:10 + second].any() and mixed[:, 10 + second:].any()
+    assert font.getlength("8√8") == 2 * alone.getlength("8") + other.getlength("√")
+    left, top, right, bottom = font.getbbox("8√8")
+    assert mixed[20 + top:20 + bottom, 10 + left:10 + right].sum() == mixed.sum()
 
 
 @pytest.mark.parametrize("font", ["DejaVuSans.ttf", "handwriting/caveat-400.woff2"])
