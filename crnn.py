@@ -124,7 +124,7 @@ def closer_view(picture):
     """What to change about a picture, uint8 (H, W), 255 = paper, before it is read: top, bottom and widen of at_height; None: nothing.
 
     Text is easiest to read at the size and pitch that most of it has: small text between high margins is brought nearer,
-    and condensed text widened. Both only where there are at least 4 strokes side by side, and lines higher than an eighth of
+    and condensed text widened. Both only where there are at least 5 strokes side by side, and lines higher than an eighth of
     the picture, since the place of a single character tells a comma from a quote and c from C.
     """
     height, ink = len(picture), picture < 140
@@ -136,7 +136,7 @@ def closer_view(picture):
     width, line = int(columns[-1] - columns[0]) + 1, bottom - top
     starts = (np.diff(ink[top:bottom].view(np.int8), axis=1, prepend=0) == 1).sum(1)  # of strokes in every row
     strokes = np.sort(starts)[-max(1, line // 3):].mean()
-    if strokes < 4:
+    if strokes < 5:
         return None
     first, last = 0.0, 1.0
     if height / 8 <= line < LOW_LINE * height and width > 2.5 * line:
