@@ -412,9 +412,10 @@ def reading():
     folder = FOLDER / "words"
     folder.mkdir(parents=True, exist_ok=True)
     for row in rows[(rows.split != "train") & (rows.source == "trdg_custom") & (rows["style"] == "plain") & ~rows.label.str.contains(" ")].itertuples():
-        picture = crnn.load_image(DEFAULT_CSV.parent / row.image_path)
+        with Image.open(DEFAULT_CSV.parent / row.image_path) as image:
+            picture = crnn.at_height(image.convert("L"), crnn.HEIGHT)
         if 80 <= picture.shape[1] <= 120 and len(words) < READING_WORDS:
-            Image.fromarray(picture.numpy()).save(folder / Path(row.image_path).name)
+            Image.fromarray(picture).save(folder / Path(row.image_path).name)
             words.append((Path(row.image_path).name, row.label, "words"))
     crnn.write_labels(pd.DataFrame(words, columns=["image_path", "label", "source"]), folder / "words.csv")
     rates = {name: finished(name, run_reader(name, folder / "words.csv", passes=REPEATS)[0]) for name in others.READERS}
