@@ -1465,13 +1465,14 @@ def main():
     staging = datasets / ".drawing"  # what stood before stays in place until all is drawn
     try:
         new, marks = {}, {source: fingerprint(source) for source in counts}
+        fresh = {source: staging / f"{source} {mark}" for source, mark in marks.items()}  # never mixed with those of other constants
         for source, count in counts.items():
-            new[source] = draw_source(source, count, marks[source], datasets / source, staging / source)
+            new[source] = draw_source(source, count, marks[source], datasets / source, fresh[source])
         if rank() > 0:
             return  # the first process sees to the rest
         (datasets / "data.csv").unlink(missing_ok=True)  # its labels belong to the former pictures
         for source, count in counts.items():
-            move_in(staging / source, datasets / source, marks[source], count)
+            move_in(fresh[source], datasets / source, marks[source], count)
         own = custom_rows()
         sizes, characters, spread, first = overview(tables(counts, marks, own), every=max(1, sum(counts.values()) // 1000))
         check_sample(spread)

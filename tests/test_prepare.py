@@ -329,6 +329,28 @@ def test_an_interrupted_run_goes_on(prepare, monkeypatch, capsys):
     assert not (Path(prepare.DATASETS_DIR) / ".drawing").exists()
 
 
+def test_constants_changed_back_find_their_own_pictures(prepare, monkeypatch):
+    """What a stopped run with other constants has drawn must not come to lie under the labels of the former."""
+    only(prepare, monkeypatch, NUM_TRDG=24)
+    prepare.main()
+    whole = contents(prepare.DATASETS_DIR)
+    draw = prepare.draw_sample
+
+    def stopped(source, folder, index):
+        if index == 12:
+            raise KeyboardInterrupt
+        return draw(source, folder, index)
+
+    monkeypatch.setattr(prepare, "SEED", 1)
+    monkeypatch.setattr(prepare, "draw_sample", stopped)
+    with pytest.raises(SystemExit, match="as they were"):
+        prepare.main()
+    monkeypatch.setattr(prepare, "SEED", 0)
+    monkeypatch.setattr(prepare, "draw_sample", draw)
+    prepare.main()
+    assert contents(prepare.DATASETS_DIR) == whole
+
+
 def test_only_what_changed_is_drawn_again(prepare, monkeypatch, capsys):
     only(prepare, monkeypatch, NUM_TRDG=20, NUM_HANDWRITING=20)
 
