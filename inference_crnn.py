@@ -17,6 +17,7 @@ import zlib
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -59,8 +60,12 @@ def recognize(images, checkpoint=None):
     readings = [None] * len(images)
     height = model.architecture["height"]
     for start in range(0, len(images), CHUNK):
-        with ThreadPoolExecutor(NUM_THREADS) as threads:  # Pillow decodes and scales outside of Python's lock
-            loaded = list(threads.map(lambda image: load_or_reason(image, height), images[start:start + CHUNK]))
+        load = partial(load_or_reason, height=height)
+        if NUM_THREADS > 1:  # Pillow decodes and scales outside of Python's lock
+            with ThreadPoolExecutor(NUM_THREADS) as threads:
+                loaded = list(threads.map(load, images[start:start + CHUNK]))
+        else:
+            loaded = list(map(load, images[start:start + CHUNK]))
         pictures = {i: picture for i, picture in enumerate(loaded, start) if not isinstance(picture, str)}
         for reason in filter(lambda picture: isinstance(picture, str), loaded):
             print(f"skipped: {reason}", file=sys.stderr, flush=True)
