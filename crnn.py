@@ -135,7 +135,7 @@ def closer_view(picture):
     columns = np.flatnonzero(ink[top:bottom].any(0))
     width, line = int(columns[-1] - columns[0]) + 1, bottom - top
     starts = (np.diff(ink[top:bottom].view(np.int8), axis=1, prepend=0) == 1).sum(1)  # of strokes in every row
-    strokes = np.sort(starts)[-max(1, line // 3):].mean()
+    strokes = float(np.sort(starts)[-max(1, line // 3):].mean())
     if strokes < 5:
         return None
     first, last = 0.0, 1.0
