@@ -1181,7 +1181,7 @@ def draw_chunk(source, folder, fingerprint, indices):
     """Draw some samples, and when all are there, write down what they are. Returns how many. Runs in the workers."""
     cv2().setNumThreads(1)  # there is a worker to a processor already
     rows = [draw_sample(source, folder, int(index)) for index in indices]
-    path = Path(folder) / f"{indices[0] // CHUNK * CHUNK:09}.json"
+    path = chunk_manifest(Path(folder), indices[0])
     before = read_manifest(path, fingerprint)  # of a run that was interrupted, and whose pictures were then lost in part
     write_manifest(path, fingerprint, sorted({*before, *rows}, key=index_of))
     return len(rows)
@@ -1246,6 +1246,11 @@ def read_manifest(path, fingerprint):
         return
 
 
+def chunk_manifest(staging, index):
+    """Where the chunk that a sample belongs to is written down."""
+    return staging / f"{index // CHUNK * CHUNK:09}.json"
+
+
 def index_of(row):
     """Which sample a row of a manifest is: its file name is the index."""
     return int(row[0].split(".")[0])
@@ -1256,7 +1261,7 @@ def drawn_so_far(count, fingerprint, folder, staging):
 
     One after the other from the files, each of which is in order, so that a million pictures take no more memory than a thousand.
     """
-    chunks = (row for path in sorted(staging.glob("[0-9]*.json")) for row in read_manifest(path, fingerprint))
+    chunks = (row for first in range(0, count, CHUNK) for row in read_manifest(chunk_manifest(staging, first), fingerprint))
     manifests = [read_manifest(place / "manifest.json", fingerprint) for place in (folder, staging)]
     last = -1
     for row in heapq.merge(*manifests, chunks, key=index_of):
@@ -1290,11 +1295,13 @@ def move_in(staging, folder, fingerprint, count):
     if write_manifest(staging / "manifest.json", fingerprint, drawn_so_far(count, fingerprint, folder, staging)) < count:
         raise CannotDraw(f"pictures have vanished from {folder.as_posix()} while others were drawn: run the script again")
     (folder / "manifest.json").unlink(missing_ok=True)
-    for path in folder.iterdir():
-        if re.fullmatch(r"\d{5,}\.png", path.name) and int(path.stem) >= count:
-            path.unlink()
-    for path in staging.glob("*.png"):
-        os.replace(path, folder / path.name)
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if re.fullmatch(r"\d{5,}\.png", entry.name) and int(entry.name.split(".")[0]) >= count:
+                os.unlink(entry.path)
+    for index in range(count):
+        with contextlib.suppress(FileNotFoundError):  # it was there before
+            os.replace(staging / f"{index:05}.png", folder / f"{index:05}.png")
     os.replace(staging / "manifest.json", folder / "manifest.json")
 
 
@@ -1382,9 +1389,9 @@ def overview(parts, every):
     for part in parts:
         sizes.update(zip(part.source, part.split))
         characters.update("".join(part.label[part.split == "train"]))
-        spread.append(part.iloc[::every])
+        spread.append(part.iloc[::every].copy())  # a copy, since a slice would keep the whole part in memory
         for key, group in part.groupby(["source", "style", "split"], sort=False):
-            first[key] = pd.concat([first[key], group]).head(4) if key in first else group.head(4)
+            first[key] = (pd.concat([first[key], group]) if key in first else group).head(4).copy()
     return sizes, characters, pd.concat(spread), pd.concat(first.values())
 
 
