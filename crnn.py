@@ -128,10 +128,9 @@ def closer_view(picture):
     the picture, since the place of a single character tells a comma from a quote and c from C.
     """
     height, ink = len(picture), picture < 140
-    rows = np.flatnonzero(ink.sum(1) >= max(1, picture.shape[1] / 100))  # with ink in more than specks
-    if not len(rows):
+    top, bottom = inked_rows(ink)
+    if top == bottom:
         return None
-    top, bottom = int(rows[0]), int(rows[-1]) + 1
     columns = np.flatnonzero(ink[top:bottom].any(0))
     width, line = int(columns[-1] - columns[0]) + 1, bottom - top
     starts = (np.diff(ink[top:bottom].view(np.int8), axis=1, prepend=0) == 1).sum(1)  # of strokes in every row
@@ -144,6 +143,12 @@ def closer_view(picture):
         first, last = max(0.0, middle - reach), min(1.0, middle + reach)
     widen = min(max(USUAL_PITCH * strokes * (last - first) / width, 1.0), 1.5)
     return (first, last, widen) if widen > 1.05 or last - first < 1 else None
+
+
+def inked_rows(ink):
+    """The first row with ink in more than specks and the one after the last, of a bool array (H, W); 0, 0 where there is none."""
+    rows = np.flatnonzero(ink.sum(1) >= max(1, ink.shape[1] / 100))
+    return (int(rows[0]), int(rows[-1]) + 1) if len(rows) else (0, 0)
 
 
 def open_image(source):
@@ -435,12 +440,10 @@ def looks(image):
     In both of them a character stands at the same part of the width.
     """
     height, width = image.shape
-    inked = ((image < 155).sum(1) >= max(1, width / 100)).nonzero()  # rows with ink in more than specks
-    if len(inked):
-        top, bottom = int(inked[0]), int(inked[-1]) + 1
+    top, bottom = inked_rows(image.numpy() < 155)
+    if 0 < bottom - top <= 0.75 * height:
         margin = max(1, round(0.18 * (bottom - top)))
-        if bottom - top <= 0.75 * height:
-            image = image[max(0, top - margin):bottom + margin]  # fewer rows
+        image = image[max(0, top - margin):bottom + margin]  # fewer rows
     yield scaled(image, height, 1.25 * width * height / len(image))
     yield scaled(F.pad(image, (0, 0, 5, 1), value=255), height, width * height / (len(image) + 6))
 
