@@ -51,7 +51,7 @@ CHARSET = ("".join(chr(i) for i in range(32, 127))  # printable ASCII, the space
            + "×÷±√π≤≥≠")
 MAX_LENGTH = 28  # characters in a label
 STYLED = 0.6  # share of the pictures drawn in one of the STYLES below, as forms, receipts or photographs are; the others: plain
-HELD_OUT_FONTS = 0.12  # share of the font families that only validation and test rows are drawn in
+HELD_OUT_FONTS = 0.1  # share of the font families that only validation and test rows are drawn in
 
 # Where
 FONTS_DIR = "myFonts"  # fonts: its folder handwriting/ by hand, all else in print; TRDG's own are added
@@ -643,6 +643,38 @@ def margins(ink):
     return tones(ink, random.randint(0, 110), random.randint(190, 255), random.choice([0, 2, 6]))
 
 
+def worn(ink):
+    """On paper that has been through something, or is printed all over: scratches and folds, specks, a mottled or patterned ground."""
+    ink = random_box(ink, 0.2)
+    h, w = ink.shape
+    ground = slow_field(ink.shape, random.uniform(2, 10))
+    if chance(0.3):  # waves, as on cheques and tickets
+        y, x = np.mgrid[:h, :w].astype(np.float32)
+        ground = 0.5 + 0.5 * np.sin((x * random.uniform(-1, 1) + y * random.uniform(-1, 1)) * random.uniform(8, 25) / h + 3 * ground)
+    light = random.randint(160, 250) - random.uniform(0, 45) * ground
+    page = tones(ink, light * random.uniform(0.05, 0.4), light, random.choice([2, 5, 10, 18]))
+    scratches = np.zeros_like(ink)
+    if w > 1.5 * h:  # in narrow pictures one could be taken for a slash; for the same reason they go from side to side
+        ends = lambda: (0, random.uniform(0, h)) if chance(0.5) else (random.uniform(0, w), 0)
+        lines = [(ends(), (w - x, h - y)) for x, y in (ends() for _ in range(random.choice([0, 1, 2, 4])))]
+        scratches = strokes((h, w), lines, random.choice([1, 1, 1, 2])) * random.uniform(0.2, 0.7)
+    specks = randoms().random(ink.shape, dtype=np.float32) < random.choice([0, 0, 0.004, 0.012])
+    return tones(np.maximum(scratches, specks), random.choice([0, 0, 60, 255]), page.astype(np.float32))
+
+
+def stamped(ink, edges):
+    """Struck or stuck on one by one: each turned, moved and inked in its own way."""
+    h, w = ink.shape
+    page = np.zeros_like(ink)
+    for left, right in zip(edges, edges[1:]):
+        alone = np.zeros_like(ink)
+        alone[:, left:right] = ink[:, left:right]
+        turn = cv2().getRotationMatrix2D(((left + right) / 2, h / 2), random.gauss(0, 8), random.uniform(0.8, 1))
+        turn[:, 2] += random.uniform(-0.06, 0.06) * h, random.uniform(-0.08, 0.08) * h
+        page = np.maximum(page, cv2().warpAffine(alone, turn, (w, h)) * random.uniform(0.6, 1))
+    return worn(page) if chance(0.3) else tones(page, random.randint(0, 110), random.randint(190, 255), random.choice([0, 3, 8]))
+
+
 def pen(ink):
     """By pen: pressure that varies along the line."""
     thin, thick = (change(ink, np.ones((2, 2), np.uint8)) for change in (cv2().erode, cv2().dilate))
@@ -695,10 +727,11 @@ STYLES = {
         "dot matrix": Style(0.5, dot_matrix, NUMBERS, fonts=f"{MONO}|vt323|dot|pixel|press|silk|tiny"),
         "receipt": Style(2, receipt, NUMBERS, fonts=NARROW), "photograph": Style(3, photograph), "margins": Style(2, margins),
         "label": Style(2, label, dict(code=6, number=3, words=5, punctuated=1, single=1)), "low resolution": Style(2, low_resolution),
+        "worn": Style(1.5, worn), "stamped": Style(1, stamped, dict(code=6, number=3, words=1, letters=1), cells=True),
     },
     HAND: {
         "pen": Style(3, pen), "pencil": Style(2, pencil), "marker": Style(1.5, marker), "ruled": Style(3, ruled), "form": Style(1.5, form),
-        "fields": Style(2, on_cells, FIELDS, cells=True), "photograph": Style(2, photograph), "margins": Style(1, margins),
+        "fields": Style(2, on_cells, FIELDS, cells=True), "photograph": Style(2, photograph), "margins": Style(1, margins), "worn": Style(1, worn),
     },
 }
 PLAIN = Style(0)
@@ -822,6 +855,8 @@ def draw_line(text, font, alone=False, plain=True):
         return None
     left, top, right, bottom = random_margins(box, image.size, tight=not alone and len(text) > 2 and random.random() < 0.5)
     image = image.convert("L").crop((left, top, right, bottom))
+    if image.getextrema()[0] > 200:  # a thin dash, turned, may be in the mask alone
+        return None
     if random.random() < 0.3:  # condensed and extended
         image = image.resize((max(4, round(image.width * 2 ** random.uniform(-0.6, 0.4))), image.height), Image.Resampling.BILINEAR)
     return image

@@ -236,6 +236,16 @@ def test_no_ink_is_clipped(prepare, font):
     assert drawn > 40
 
 
+def test_lost_ink_is_drawn_again(prepare, monkeypatch):
+    """TRDG turned a thin dash until it was in its mask only; the form's rules then found no line to stand under."""
+    mask = Image.new("RGB", (60, 32))
+    mask.paste((0, 0, 9), (20, 15, 40, 17))
+    monkeypatch.setattr(prepare, "trdg_generator", lambda: lambda *_, **__: iter([[(Image.new("RGB", (60, 32), "white"), mask)]]))
+    font = prepare.Font(FONT, prepare.PRINTED, "dejavu", frozenset("-"), frozenset(), False)
+    monkeypatch.setattr(prepare, "FONTS", (font,))
+    assert prepare.draw_text("train", prepare.PRINTED, "-", True, prepare.STYLES[prepare.PRINTED]["form"]) is None
+
+
 # ---- styles and composed handwriting
 
 @pytest.mark.parametrize("text", ["Form 27", "-", ".", "|"])
