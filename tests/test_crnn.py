@@ -147,6 +147,22 @@ def test_a_line_reads_the_same_alone_and_in_a_batch():
     assert [r.text for r in read_images(model, charset, pictures, 4)] == [r.text for r in read_images(model, charset, pictures, 1)]
 
 
+def test_reading_computes_what_training_learned():
+    """Without gradients, batch norm is folded into the convolutions and the work is done in place."""
+    model = small_model(Charset(CHARSET))
+    torch.manual_seed(0)
+    for norm in model.norms:
+        for values in (norm.weight.data, norm.bias.data, norm.running_mean, norm.running_var):
+            values.copy_(torch.rand(len(values)) + 0.3)
+    ink, widths = pad_batch([load_image(line_image(text)) for text in ("a", "wide enough to matter", "17")])
+    learned, frames = model(ink, widths)
+    with torch.inference_mode():
+        read, _ = model(ink, widths)
+    assert learned.requires_grad and not read.requires_grad
+    for i, count in enumerate(frames):
+        torch.testing.assert_close(read[:count, i], learned[:count, i].detach(), atol=1e-4, rtol=1e-4)
+
+
 # ---- CTC
 
 @pytest.mark.parametrize("path, text", [("--a-b", "ab"), ("aab-b", "abb"), ("-----", ""), ("aaaaa", "a"), ("a-a-a", "aaa"),
