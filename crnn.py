@@ -479,10 +479,12 @@ def read_images(model, charset, images, batch_size, calibration=UNCALIBRATED):
 
 
 def similar_widths(widths, batch_size):
-    """Yield lists of indices, by width, batch_size or fewer of them: no picture of a batch is padded by more than a quarter and 8 pixels."""
+    """Yield lists of indices, by width, batch_size or fewer of them: no picture is padded by more than a quarter and 8 pixels, or
+    in batches of up to 8, where one batch more would cost more than the padding, to more than twice its width and 8 pixels.
+    """
     batch = []
     for i in sorted(range(len(widths)), key=widths.__getitem__):
-        if len(batch) == batch_size or batch and widths[i] > 1.25 * widths[batch[0]] + 8:
+        if len(batch) == batch_size or batch and widths[i] > (1.25 if len(batch) >= 8 else 2) * widths[batch[0]] + 8:
             yield batch
             batch = []
         batch.append(i)

@@ -201,11 +201,11 @@ def test_confidence_is_the_probability_of_the_text():
 
 
 def test_batches_hold_similar_widths():
-    widths = [10, 200, 12, 90, 100, 11, 95, 105, 1000]
-    batches = list(crnn.similar_widths(widths, 3))
-    assert sorted(i for batch in batches for i in batch) == list(range(9)) and max(map(len, batches)) == 3
-    assert all(max(widths[i] for i in batch) <= 1.25 * min(widths[i] for i in batch) + 8 for batch in batches)
-    assert list(crnn.similar_widths([], 3)) == []
+    widths = [10, 400, 12, *range(90, 150, 3), 11, 1000]
+    batches = list(crnn.similar_widths(widths, 15))
+    assert sorted(i for batch in batches for i in batch) == list(range(len(widths)))
+    assert [[widths[i] for i in batch] for batch in batches] == [[10, 11, 12], [*range(90, 121, 3)], [*range(123, 150, 3)], [400], [1000]]
+    assert list(map(len, crnn.similar_widths([50] * 7, 3))) == [3, 3, 1] and list(crnn.similar_widths([], 3)) == []
 
 
 def test_small_and_condensed_lines_are_seen_closer():
