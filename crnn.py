@@ -534,6 +534,14 @@ def join_processes(backend="gloo"):
             sys.stdout = open(os.devnull, "w", encoding="utf-8")
 
 
+def leave_processes():
+    """Part from the others, where there are any, once nothing is left to tell them. A process that ends without it may be killed
+    by gloo's threads while the interpreter shuts down (https://github.com/pytorch/pytorch/pull/179291).
+    """
+    if world_size() > 1:
+        dist.destroy_process_group()
+
+
 def gather(part):
     """A list of every process's part, in the order of their ranks, in every process. Each waits here for all others."""
     parts = [part]

@@ -1486,7 +1486,7 @@ def find_sources(counts):
 def main():
     """Draw every source, then put pictures, preview.png and data.csv in place. Raises SystemExit with one line when it cannot."""
     import pandas as pd
-    from crnn import Charset, join_processes, rank, write_labels
+    from crnn import Charset, join_processes, leave_processes, rank, write_labels
 
     started = time.perf_counter()
     join_processes()
@@ -1510,6 +1510,7 @@ def main():
         fresh = {source: staging / f"{source} {mark}" for source, mark in marks.items()}  # never mixed with those of other constants
         for source, count in counts.items():
             new[source] = draw_source(source, count, marks[source], datasets / source, fresh[source])
+        leave_processes()
         if rank() > 0:
             return  # the first process sees to the rest
         (datasets / "data.csv").unlink(missing_ok=True)  # its labels belong to the former pictures

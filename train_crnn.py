@@ -23,14 +23,14 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
 from crnn import (BLANK, CRNN, HEIGHT, UNCALIBRATED, Charset, add_split, arithmetic, calibrate, calibration_error, describe,
-                  format_score_table, frames_needed, gather, join_processes, load_checkpoint, load_image, num_frames, rank, read_images,
-                  read_labels, save_checkpoint, save_tensors, score_table, to_ink, whole_file, workers_per_process, world_size)
+                  format_score_table, frames_needed, gather, join_processes, leave_processes, load_checkpoint, load_image,
+                  num_frames, rank, read_images, read_labels, save_checkpoint, save_tensors, score_table, to_ink, whole_file,
+                  workers_per_process, world_size)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Data and files
@@ -693,8 +693,7 @@ def main():
             print(f"\n{format_score_table(score(seen, by='style'))}")
         error = calibration_error(list(seen.confidence), list(seen.label == seen.prediction))
         print(f"\nconfidence and share of right readings lie {error:.1%} apart (expected calibration error)")
-    if world_size() > 1:
-        dist.destroy_process_group()
+    leave_processes()
 
 
 if __name__ == "__main__":
