@@ -131,9 +131,9 @@ def closer_view(picture):
     top, bottom = inked_rows(ink)
     if top == bottom:
         return None
-    columns = np.flatnonzero(ink[top:bottom].any(0))
-    width, line = int(columns[-1] - columns[0]) + 1, bottom - top
     rows = ink[top:bottom]
+    columns = np.flatnonzero(rows.any(0))
+    width, line = int(columns[-1] - columns[0]) + 1, bottom - top
     starts = np.count_nonzero(rows[:, 1:] > rows[:, :-1], axis=1) + rows[:, 0]  # of strokes in every row
     strokes = float(np.sort(starts)[-max(1, line // 3):].mean())
     if strokes < 5:
@@ -404,7 +404,8 @@ def likeliest(log_probs, places):
 def text_probability(log_probs, frames, targets):
     """Probability of each target, a list of classes, summed over all its alignments. log_probs (T, N, C), frames (N,)."""
     lengths = [len(target) for target in targets]
-    padded = torch.tensor([target + [BLANK + 1] * (max(1, *lengths) - len(target)) for target in targets])  # (N, longest)
+    longest = max(1, *lengths)
+    padded = torch.tensor([target + [BLANK + 1] * (longest - len(target)) for target in targets])  # (N, longest)
     loss = F.ctc_loss(log_probs, padded, frames, torch.tensor(lengths), blank=BLANK, reduction="none")  # (N,)
     return loss.neg().exp().clamp(0, 1).tolist()
 

@@ -58,9 +58,8 @@ def recognize(images, checkpoint=None):
     """
     model, charset, facts = checkpoint if isinstance(checkpoint, tuple) else load_checkpoint(checkpoint or model_path(), DEVICE)
     readings = [None] * len(images)
-    height = model.architecture["height"]
+    load = partial(load_or_reason, height=model.architecture["height"])
     for start in range(0, len(images), CHUNK):
-        load = partial(load_or_reason, height=height)
         if NUM_THREADS > 1:  # Pillow decodes and scales outside of Python's lock
             with ThreadPoolExecutor(NUM_THREADS) as threads:
                 loaded = list(threads.map(load, images[start:start + CHUNK]))
