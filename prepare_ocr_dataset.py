@@ -51,6 +51,7 @@ CHARSET = ("".join(chr(i) for i in range(32, 127))  # printable ASCII, the space
            + "×÷±√π≤≥≠")
 MAX_LENGTH = 28  # characters in a label
 STYLED = 0.6  # share of the pictures drawn in one of the STYLES below, as forms, receipts or photographs are; the others: plain
+WARPED = 0.75  # share of the training pictures by hand whose writing is warped, as if by more hands than there are fonts
 HELD_OUT_FONTS = 0.1  # share of the font families that only validation and test rows are drawn in
 
 # Where
@@ -502,6 +503,23 @@ def enlarged_from(ink, height):
     return cv2().resize(small, (w, h), interpolation=how).clip(0, 1)
 
 
+def as_by_another(picture):
+    """Writing, as a picture or as ink (H, W), warped as if someone else had written it: other proportions, other curves.
+
+    For training rows only: there are some fifty handwriting fonts and 85,000 EMNIST characters, and a network learns those by heart
+    (on rows that it was trained on it read 20 and 9 points more than on others).
+    """
+    def uneven(length, pieces):  # places from 0 to length - 1, closer together in some pieces than in others
+        steps = np.exp(randoms().normal(0, 0.25, pieces))
+        return np.interp(np.linspace(0, pieces, length), np.arange(pieces + 1), np.append(0, steps.cumsum()) / steps.sum()) * (length - 1)
+
+    h, w = picture.shape
+    reach, patches = random.uniform(0, 0.14) * h, random.uniform(1.5, 3)
+    y = uneven(h, 5)[:, None] + reach * (slow_field((h, w), patches) - 0.5)  # (H, W)
+    x = uneven(w, max(2, round(2 * w / h)))[None] + reach * (slow_field((h, w), patches) - 0.5)  # (H, W)
+    return cv2().remap(picture, x.astype(np.float32), y.astype(np.float32), cv2().INTER_LINEAR, borderMode=cv2().BORDER_REPLICATE)
+
+
 def compressed(picture, worst=20):
     """The picture after JPEG compression at a random quality."""
     ok, data = cv2().imencode(".jpg", picture, [cv2().IMWRITE_JPEG_QUALITY, random.randint(worst, 75)])
@@ -881,10 +899,14 @@ def draw_text(split, kind, text, alone, style):
     font = pick_font(text, kind, split, alone, style.fonts)
     if not font:
         return None
+    warped = kind == HAND and split == "train" and chance(WARPED)
     if style.cells:
         face = typeface(font.face, random.randrange(24, 45, 2))
-        return Image.fromarray(style.finish(*in_cells(text, lambda c: typed(c, face), sum(face.getmetrics()))))
+        draw = lambda c: as_by_another(typed(c, face)) if warped else typed(c, face)
+        return Image.fromarray(style.finish(*in_cells(text, draw, sum(face.getmetrics()))))
     image = draw_line(text, font, alone, plain=style.finish is None)
+    if image and warped:
+        image = Image.fromarray(as_by_another(np.asarray(image)))
     return Image.fromarray(style.finish(ink_of(image))) if image and style.finish else image
 
 
@@ -1051,6 +1073,8 @@ def handwritten(character, hand, split):
     size = X_HEIGHT.get(character, 1)
     unlike = np.abs(np.log(stroke / height * size / hand.stroke)) + 2 * np.abs(slant - hand.slant)
     glyph = images[candidates[int(unlike.argmin())]]  # (28, 28)
+    if split == "train" and chance(WARPED):
+        glyph = as_by_another(glyph)
     rows, columns = (np.flatnonzero(glyph.max(axis) > 60) for axis in (1, 0))
     glyph = Image.fromarray(glyph[rows[0]:rows[-1] + 1, columns[0]:columns[-1] + 1])
     scale = hand.capital * size * random.gauss(1, hand.looseness) / glyph.height
@@ -1250,7 +1274,7 @@ def draw_chunks(source, chunks, folder, fingerprint):
 def fingerprint(source):
     """A number that changes with all that shapes the pictures of a source, but for their number: constants, code, fonts, EMNIST."""
     code = Path(__file__).read_text(encoding="utf-8").split("# " + "-" * 117)[2:]  # without the constants that the user edits
-    parts = ["".join(code), repr((SEED, CHARSET, MAX_LENGTH, STYLED))]
+    parts = ["".join(code), repr((SEED, CHARSET, MAX_LENGTH, STYLED, WARPED if SOURCES[source].kinds != (PRINTED,) else None))]
     parts += [f"{Path(font.path).name} {font.held_out} {Path(font.loan).name} {zlib.crc32(Path(font.path).read_bytes())}"
               for font in FONTS if font.kind in SOURCES[source].kinds]
     if not SOURCES[source].kinds:

@@ -303,6 +303,34 @@ def test_one_hand_takes_characters_of_its_own_kind(prepare):
     assert widths[0.35] > 1.5 * widths[0.1]
 
 
+def test_training_rows_alone_are_warped(prepare, monkeypatch, tmp_path):
+    """Validation and test rows show fonts and EMNIST characters as they are."""
+    fake_emnist(Path(prepare.DATASETS_DIR))
+    prepare.find_sources(dict.fromkeys(prepare.SOURCES, 1))
+    monkeypatch.setattr(prepare, "WARPED", 1.0)
+    warp, warped = prepare.as_by_another, []
+    monkeypatch.setattr(prepare, "as_by_another", lambda picture: warped.append(picture.shape) or warp(picture))
+    for source, by_hand in dict(trdg_custom=False, synthetic_math=False, emnist_words=True, emnist_math=True, handwriting=True).items():
+        for index in (0, 1, 2, 21, 22, 23):  # of 20, 1 is for validation and 2 for the test
+            warped.clear()
+            _, _, split, _ = prepare.draw_sample(source, tmp_path, index)
+            assert bool(warped) == (by_hand and split == "train"), (source, index)
+
+
+def test_a_warped_line_is_the_same_text(prepare):
+    picture = np.asarray(line_image("Hamburg 27", size=30, margin=6))
+    random.seed(0)
+    ink = 255 - picture.astype(float)
+    kept, differ = [], []
+    for _ in range(40):
+        warped = prepare.as_by_another(picture)
+        assert warped.shape == picture.shape and warped.dtype == np.uint8 and warped[:2].min() > 200  # nothing reaches the edge
+        kept.append((255 - warped.astype(float)).sum() / ink.sum())
+        differ.append(np.abs(warped.astype(float) - picture).sum() / ink.sum())
+    assert 0.6 < min(kept) and max(kept) < 1.6 and min(differ) > 0.1 and max(differ) < 2
+    assert prepare.as_by_another(np.zeros((20, 3), np.float32)).max() == 0
+
+
 def test_made_up_words_keep_to_their_split(prepare):
     random.seed(0)
     for split in ("train", "val", "test"):
@@ -379,6 +407,8 @@ def test_only_what_changed_is_drawn_again(prepare, monkeypatch, capsys):
     assert new() == 25
     find = prepare.find_fonts
     monkeypatch.setattr(prepare, "find_fonts", lambda: ([f for f in find()[0] if "caveat" not in f.path], []))
+    assert new() == 20
+    monkeypatch.setattr(prepare, "WARPED", 0)
     assert new() == 20
     monkeypatch.setattr(prepare, "STYLED", 0)
     assert new() == 45
