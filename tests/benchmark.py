@@ -431,8 +431,9 @@ def peers():
     chosen = rows[rows.split == "test"].sample(frac=1, random_state=0).groupby("source").head(PEERS_ROWS)
     foreign = crnn.read_labels(FOREIGN_TEST / "labels.csv")
     foreign["image_path"] = [os.path.relpath(FOREIGN_TEST / path, DEFAULT_CSV.parent) for path in foreign.image_path]
-    path = DEFAULT_CSV.parent / ".peers.csv"
-    crnn.write_labels(pd.concat([chosen, foreign.assign(source="foreign: " + foreign.source)])[["image_path", "label", "source"]], path)
+    path, shown = DEFAULT_CSV.parent / ".peers.csv", pd.concat([chosen, foreign.assign(source="foreign: " + foreign.source)])
+    plain = (shown["style"] == "plain").to_numpy()  # in the order of the readings
+    crnn.write_labels(shown[["image_path", "label", "source"]], path)
     results = []
     for name in others.READERS:
         running = [run_reader(name, path, core, tall) for core, tall in enumerate((False, True))]
@@ -440,14 +441,25 @@ def peers():
         if lines[0].startswith("not"):
             results.append((f"peers: {name}", lines[0]))
             continue
-        tables = []
+        tables, on_plain = [], []
         for _, out in running:
             readings = pd.read_csv(out, dtype=str, keep_default_na=False)
             tables.append(crnn.score_table(list(readings.label), list(readings.prediction), list(readings.source)))
+            on_plain.append(share_without_error(readings[plain]))
         best = {s: max(((t.exact[s], -t.CER[s]) for t in tables)) for s in tables[0].index if s != "all"}
         results.append((f"peers: {name}", ", ".join(f"{s} {exact:.1%} / {-cer:.1%}" for s, (exact, cer) in best.items())))
-        print(*results[-1], flush=True)
+        results.append((f"peers, plain rows only: {name}", ", ".join(
+            "{} {:.1%} (look-alikes folded {:.1%}, and spaces left out {:.1%})".format(s, *max(both[s] for both in on_plain)) for s in on_plain[0])))
+        print(*results[-2], *results[-1], sep="\n", flush=True)
     return results
+
+
+def share_without_error(readings):
+    """By source: the share of readings without an error, with look-alikes counted as one, and then with spaces left out."""
+    folded = [readings[column].map(crnn.fold_lookalikes) for column in ("label", "prediction")]
+    right = pd.DataFrame(dict(source=readings.source, exact=readings.label == readings.prediction, folded=folded[0] == folded[1],
+                              unspaced=folded[0].str.replace(" ", "") == folded[1].str.replace(" ", "")))
+    return {s: (group.exact.mean(), group.folded.mean(), group.unspaced.mean()) for s, group in right.groupby("source")}
 
 
 def starting():
