@@ -56,7 +56,7 @@ LEARNING_RATE = 3e-3  # of AdamW, for all other weights: likewise
 WARM_START = 0.1  # with INIT_WEIGHTS, both are multiplied by this, since larger steps would unlearn what the new pictures do not show
 WARM_UP = 0.1  # part of the training in which the learning rates rise to their peak
 WEIGHT_DECAY = 1e-2  # of AdamW
-SHORTCUT_WEIGHT = 0.1  # of a second CTC loss, on the CNN's features; its head is not kept
+SHORTCUT_WEIGHT = 0.1  # of a second CTC loss, on the CNN's features; its head is not kept; with INIT_WEIGHTS: 0
 FROZEN_NORMS = 0.25  # last part of the training, in which batch norm uses its running averages, as for reading; with INIT_WEIGHTS: all of it
 AUGMENT = 1.0  # strength of the random changes to the training pictures; 0: none
 BLANKS = 0.01  # share of them that is replaced by empty paper, to be read as nothing
@@ -430,6 +430,9 @@ def train_epoch(net, optimizers, schedules, scaler, buckets, sizes, description)
     dtype = arithmetic(device.type, PRECISION)
     batches = shuffled_batches(buckets, sizes, BATCH_SIZE // world_size())
     parts, total, count = [], torch.zeros((), device=device), 0
+    # A new head beside weights that have learned would pull them away, its first errors being large: after an epoch of 100,000 rows from the
+    # shipped weights, they read 82.9 % of the validation rows with it and 84.4 % without, 84.1 % before (one run each).
+    shortcut_weight = 0 if INIT_WEIGHTS else SHORTCUT_WEIGHT
     bar = tqdm(total=sum(sizes.values()), desc=description, unit="img", leave=False, mininterval=1,
                disable=None if rank() == 0 else True)  # None: no bar in a log file, which gets a line per epoch anyway
     for step, (bucket, indices) in enumerate(batches, start=1):
@@ -446,7 +449,7 @@ def train_epoch(net, optimizers, schedules, scaler, buckets, sizes, description)
         loss = ctc_loss(logits, targets, frames, lengths)
         for optimizer in optimizers:
             optimizer.zero_grad(set_to_none=True)
-        scaler.scale(loss + SHORTCUT_WEIGHT * ctc_loss(shortcut, targets, frames, lengths)).backward()
+        scaler.scale(loss + shortcut_weight * ctc_loss(shortcut, targets, frames, lengths)).backward()
         for optimizer in optimizers:
             scaler.unscale_(optimizer)
         nn.utils.clip_grad_norm_(net.parameters(), 5.0)

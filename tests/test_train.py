@@ -1,5 +1,6 @@
 """Training: what it says of the data, that it learns, resumes, starts from other weights, and stops in good order."""
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -159,6 +160,21 @@ def test_starts_from_other_weights_by_character(train, own_csv, tmp_path, monkey
     monkeypatch.setattr(train, "INIT_WEIGHTS", str(tmp_path / "no such.pth"))
     with pytest.raises(SystemExit, match="INIT_WEIGHTS = .*no such.pth.*set INIT_WEIGHTS = None"):
         train.main()
+
+
+def test_a_new_shortcut_head_changes_no_learned_weights(train, own_csv, tmp_path, monkeypatch):
+    """With INIT_WEIGHTS the second loss has no part in the training; from nothing it has."""
+    monkeypatch.setattr(train, "DATA_CSV", str(own_csv))
+    trained = []
+    for init in (None, str(tmp_path / "start.pth")):
+        for weight in (0.1, 5.0):
+            monkeypatch.setattr(train, "INIT_WEIGHTS", init)
+            monkeypatch.setattr(train, "SHORTCUT_WEIGHT", weight)
+            train.main()
+            state = torch.load(train.resume_path(), weights_only=True)
+            trained.append(state["net"]["crnn.convolutions.0.weight"])
+        shutil.copy(train.MODEL_PATH, tmp_path / "start.pth")
+    assert not torch.equal(trained[0], trained[1]) and torch.equal(trained[2], trained[3])
 
 
 def test_weights_that_no_epoch_improves_are_kept(train, own_csv, monkeypatch):
