@@ -325,7 +325,7 @@ def test_killed_and_resumed_reaches_the_same_weights(train, tmp_path):
     """kill -9 somewhere in the second half, then RESUME: the very weights of an uninterrupted run."""
     overfitting(tmp_path / "datasets")
     constants = dict(EPOCHS=30, BATCH_SIZE=8)
-    subprocess.run([sys.executable, script(train, tmp_path / "whole.py", **constants)], check=True, capture_output=True, timeout=100)
+    subprocess.run([sys.executable, script(train, tmp_path / "whole.py", **constants)], check=True, capture_output=True, timeout=300)
     whole = torch.load(train.resume_path(), weights_only=True)
 
     model = tmp_path / "killed" / "crnn.pth"
@@ -339,7 +339,7 @@ def test_killed_and_resumed_reaches_the_same_weights(train, tmp_path):
     assert killed.returncode != 0 and 16 <= left["epoch"] < 30
     load_checkpoint(model)  # whole
     subprocess.run([sys.executable, script(train, tmp_path / "resumed.py", MODEL_PATH=str(model), RESUME=True, **constants)],
-                   check=True, capture_output=True, timeout=100)
+                   check=True, capture_output=True, timeout=300)
     resumed = torch.load(model.with_suffix(".resume.pth"), weights_only=True)
     assert all(torch.equal(whole["net"][name], resumed["net"][name]) for name in whole["net"])
     assert [e["loss"] for e in whole["history"]] == [e["loss"] for e in resumed["history"]]
