@@ -503,12 +503,17 @@ def enlarged_from(ink, height):
     return cv2().resize(small, (w, h), interpolation=how).clip(0, 1)
 
 
-def as_by_another(picture):
-    """Writing, as a picture or as ink (H, W), warped as if someone else had written it: other proportions, other curves.
+def to_be_warped(split):
+    """Whether as_by_another is to change the next picture by hand: only in training rows, since the others are to show real hands.
 
-    For training rows only: there are some fifty handwriting fonts and 85,000 EMNIST characters, and a network learns those by heart
-    (on rows that it was trained on it read 20 and 9 points more than on others).
+    There are some fifty handwriting fonts and 85,000 EMNIST characters, and a network learns those by heart (on rows that it was
+    trained on it read 20 and 9 points more than on others).
     """
+    return split == "train" and chance(WARPED)
+
+
+def as_by_another(picture):
+    """Writing, as a picture or as ink (H, W), warped as if someone else had written it: other proportions, other curves."""
     def uneven(length, pieces):  # places from 0 to length - 1, closer together in some pieces than in others
         steps = np.exp(randoms().normal(0, 0.25, pieces))
         return np.interp(np.linspace(0, pieces, length), np.arange(pieces + 1), np.append(0, steps.cumsum()) / steps.sum()) * (length - 1)
@@ -899,7 +904,7 @@ def draw_text(split, kind, text, alone, style):
     font = pick_font(text, kind, split, alone, style.fonts)
     if not font:
         return None
-    warped = kind == HAND and split == "train" and chance(WARPED)
+    warped = kind == HAND and to_be_warped(split)
     if style.cells:
         face = typeface(font.face, random.randrange(24, 45, 2))
         draw = lambda c: as_by_another(typed(c, face)) if warped else typed(c, face)
@@ -1073,7 +1078,7 @@ def handwritten(character, hand, split):
     size = X_HEIGHT.get(character, 1)
     unlike = np.abs(np.log(stroke / height * size / hand.stroke)) + 2 * np.abs(slant - hand.slant)
     glyph = images[candidates[int(unlike.argmin())]]  # (28, 28)
-    if split == "train" and chance(WARPED):
+    if to_be_warped(split):
         glyph = as_by_another(glyph)
     rows, columns = (np.flatnonzero(glyph.max(axis) > 60) for axis in (1, 0))
     glyph = Image.fromarray(glyph[rows[0]:rows[-1] + 1, columns[0]:columns[-1] + 1])

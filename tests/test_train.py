@@ -267,7 +267,7 @@ def test_updates_are_made_orthogonal(train):
 
 
 def test_every_weight_is_learned_by_one_optimizer(train):
-    net = train.WithShortcut(train.CRNN(10, 32, train.CHANNELS, train.HIDDEN))
+    net = train.WithShortcut(train.CRNN(10, 32, train.CHANNELS, train.HIDDEN), shortcut_weight=0.1)
     optimizers, _ = train.make_optimizers(net, 10)
     learned = [id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
     assert sorted(learned) == sorted(id(p) for p in net.parameters())
