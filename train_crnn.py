@@ -27,8 +27,8 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from crnn import (BLANK, CRNN, HEIGHT, UNCALIBRATED, Charset, add_split, arithmetic, calibrate, calibration_error, describe,
-                  format_score_table, frames_needed, gather, join_processes, leave_processes, load_checkpoint, load_image,
+from crnn import (BLANK, CRNN, HEIGHT, MIN_TONES, UNCALIBRATED, Charset, add_split, arithmetic, calibrate, calibration_error,
+                  describe, format_score_table, frames_needed, gather, join_processes, leave_processes, load_checkpoint, load_image,
                   num_frames, rank, read_images, read_labels, save_checkpoint, save_tensors, score_table, to_ink, whole_file,
                   workers_per_process, world_size)
 
@@ -300,8 +300,11 @@ def ruled_lines(n, height, width, strength, device):
 
 
 def empty_paper(n, height, width, device):
-    """Paper without text, as ink (n, 1, H, W): grainy, unevenly lit, some spotless, some of it ruled."""
-    shade = F.interpolate(torch.rand(n, 1, 2, 3, device=device), (height, width), mode="bilinear", align_corners=True)  # (n, 1, H, W)
+    """Paper without text, as ink (n, 1, H, W): grainy, unevenly lit, some spotless, some of it ruled; its tones as load_image leaves them."""
+    light = torch.rand(n, 1, 2, 3, device=device)
+    to_one_side = torch.rand(n, 1, 1, device=device) < 0.5
+    light[..., 1] = torch.where(to_one_side, (light[..., 0] + light[..., 2]) / 2, light[..., 1])
+    shade = F.interpolate(light, (height, width), mode="bilinear", align_corners=True)  # (n, 1, 2, 3) -> (n, 1, H, W)
     grain = torch.randn(n, 1, height, width, device=device)
     soft = torch.rand(n, 1, 1, 1, device=device)
     grain = soft * 2 * mean_of_nine(grain) + (1 - soft) * grain
@@ -312,7 +315,8 @@ def empty_paper(n, height, width, device):
     if n and width > 2 * height:
         ruled = torch.rand(n, device=device) < 0.25
         ink[ruled] = torch.maximum(ink[ruled], ruled_lines(int(ruled.sum()), height, width, 1, device))
-    return ink
+    ink = ink / ink.amax((2, 3), keepdim=True).clamp(min=MIN_TONES / 255)
+    return torch.where(ink.mean((2, 3), keepdim=True) > 0.5, 1 - ink, ink)
 
 
 def mean_of_nine(x):

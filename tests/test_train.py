@@ -352,6 +352,7 @@ def test_empty_paper_is_to_be_read_as_nothing(train, own_csv, monkeypatch, capsy
     torch.manual_seed(0)
     paper = train.empty_paper(50, 32, 96, torch.device("cpu"))
     assert paper.shape == (50, 1, 32, 96) and paper.min() == 0 and 0 < paper.max() <= 1 and (paper.amax((1, 2, 3)) == 0).any()
+    assert paper.mean((1, 2, 3)).max() <= 0.5 and (paper.amax((1, 2, 3)) > 0.99).float().mean() > 0.5  # stretched, as load_image does it
     monkeypatch.setattr(train, "DATA_CSV", str(own_csv))
     monkeypatch.setattr(train, "BLANKS", 1.0)
     monkeypatch.setattr(train, "EPOCHS", 30)
