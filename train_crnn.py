@@ -60,6 +60,7 @@ SHORTCUT_WEIGHT = 0.1  # of a second CTC loss, on the CNN's features; its head i
 FROZEN_NORMS = 0.25  # last part of the training, in which batch norm uses its running averages, as for reading; with INIT_WEIGHTS: all of it
 AUGMENT = 1.0  # strength of the random changes to the training pictures; 0: none
 BLANKS = 0.01  # share of them that is replaced by empty paper, to be read as nothing
+KEEP_LAST = False  # True: MODEL_PATH gets the last epoch, where the val rows lack what is to be learned, such as empty paper; False: the best
 
 # How
 SEED = 0  # the same seed, data and machine give the same weights
@@ -537,7 +538,7 @@ def keep_former_model():
 
 def keep_if_best(state, model, charset, rows, exact, cer):
     """Save the network where it reads the val rows no worse than any before. state: with best, the highest exact match so far, and epoch."""
-    if exact >= state["best"] and rank() == 0:
+    if (exact >= state["best"] or KEEP_LAST) and rank() == 0:
         if state["best"] < 0:
             keep_former_model()
         save_checkpoint(MODEL_PATH, model, charset, FILE_PRECISION, epoch=state["epoch"], val_exact=exact, val_cer=cer, data=str(DATA_CSV),

@@ -177,7 +177,10 @@ def test_a_new_shortcut_head_changes_no_learned_weights(train, own_csv, tmp_path
     assert not torch.equal(trained[0], trained[1]) and torch.equal(trained[2], trained[3])
 
 
-def test_weights_that_no_epoch_improves_are_kept(train, own_csv, monkeypatch):
+@pytest.mark.parametrize("keep_last, kept", [(False, [0, 0, 2, 2]),  # of equally good ones the last
+                                             (True, [0, 1, 2, 3])])
+def test_weights_that_no_epoch_improves_are_kept(train, monkeypatch, keep_last, kept):
+    monkeypatch.setattr(train, "KEEP_LAST", keep_last)
     charset = Charset("abc")
     model = train.CRNN(charset.num_classes, 32, train.CHANNELS, train.HIDDEN)
     rows = pd.DataFrame(dict(split=["train", "val"]))
@@ -186,7 +189,7 @@ def test_weights_that_no_epoch_improves_are_kept(train, own_csv, monkeypatch):
         train.keep_if_best(dict(state, epoch=epoch), model, charset, rows, exact, 0.0)
         state["best"] = max(state["best"], exact)
         epochs_kept.append(load_checkpoint(train.MODEL_PATH)[2]["epoch"])
-    assert epochs_kept == [0, 0, 2, 2]  # of equally good ones the last
+    assert epochs_kept == kept
 
 
 @pytest.mark.parametrize("place", ["file/crnn.pth", "file/deeper/crnn.pth"])
