@@ -537,7 +537,10 @@ def keep_former_model():
 
 
 def keep_if_best(state, model, charset, rows, exact, cer):
-    """Save the network where it reads the val rows no worse than any before. state: with best, the highest exact match so far, and epoch."""
+    """Save the network where it reads the val rows no worse than any before, or always with KEEP_LAST.
+
+    state: with best, the highest exact match so far, and epoch.
+    """
     if (exact >= state["best"] or KEEP_LAST) and rank() == 0:
         if state["best"] < 0:
             keep_former_model()
