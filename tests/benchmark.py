@@ -99,7 +99,7 @@ def count_weights(module):
 def contenders(num_classes):
     """Name -> a network and its optimizers: ours with its shortcut head, and the reference with AdamW and a learning rate of 1e-3."""
     torch.manual_seed(0)
-    ours, reference = train_crnn.WithShortcut(crnn.CRNN(num_classes), train_crnn.SHORTCUT_WEIGHT), OneHead(ShiCRNN(num_classes))
+    ours, reference = train_crnn.WithShortcut(crnn.CRNN(num_classes), train_crnn.head_weights()[1]), OneHead(ShiCRNN(num_classes))
     return {"ours": (ours, train_crnn.make_optimizers(ours, 10)[0]),
             "Shi et al.": (reference, [torch.optim.AdamW(reference.parameters(), 1e-3, fused=True)])}
 
@@ -111,7 +111,7 @@ def step(net, optimizers, ink, targets, lengths):
     with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
         heads = net(train_crnn.augment(ink, train_crnn.AUGMENT), widths)  # (T, N, C) each
     losses = [train_crnn.ctc_loss(logits, targets, crnn.num_frames(widths), lengths) for logits in heads]
-    loss = sum(weight * loss for weight, loss in zip((1, train_crnn.SHORTCUT_WEIGHT), losses))
+    loss = sum(weight * loss for weight, loss in zip(train_crnn.head_weights(), losses))
     for optimizer in optimizers:
         optimizer.zero_grad(set_to_none=True)
     loss.backward()
@@ -568,6 +568,7 @@ def main():
     unknown = set(wanted) - {part.__name__ for part in parts}
     if unknown:
         raise SystemExit(f"no part {unknown.pop()!r}: choose among {' '.join(part.__name__ for part in parts)}")
+    train_crnn.INIT_WEIGHTS = None  # or else the networks trained in this process would get the learning rates of a warm start
     table = []
     for part in parts:
         if part.__name__ in wanted:
