@@ -1,5 +1,8 @@
-"""Shared by the tests: the scripts on the path, a way to draw a line of text, and tiny EMNIST files."""
+"""Shared by the tests: the scripts with tiny constants, a runner for them, and small data."""
+
+import os
 import struct
+import subprocess
 import sys
 from pathlib import Path
 
@@ -14,9 +17,9 @@ FONT = str(ROOT / "myFonts" / "DejaVuSans.ttf")
 
 
 def line_image(text, size=24, margin=4):
-    """A picture of text, black on white, mode L."""
+    """An image of text, black on white, mode L."""
     font = ImageFont.truetype(FONT, size)
-    left, top, right, bottom = font.getbbox(text)
+    _, _, right, bottom = font.getbbox(text)
     image = Image.new("L", (right + 2 * margin, bottom + 2 * margin), 255)
     ImageDraw.Draw(image).text((margin, margin), text, font=font, fill=0)
     return image
@@ -27,64 +30,111 @@ def write_csv(folder, texts, name="data.csv", **columns):
     folder.mkdir(parents=True, exist_ok=True)
     for i, text in enumerate(texts):
         line_image(text).save(folder / f"{i}.png")
-    rows = pd.DataFrame(dict(image_path=[f"{i}.png" for i in range(len(texts))], label=texts, **columns))
+    paths = [f"{i}.png" for i in range(len(texts))]
+    rows = pd.DataFrame(dict(image_path=paths, label=texts, **columns))
     rows.to_csv(folder / name, index=False)
     return folder / name
 
 
 def write_idx(raw, images, labels):
-    """Write images (n, 28, 28), upright, and labels (n,) as EMNIST's train and test files, transposed as EMNIST stores them."""
+    """Write upright images (n, 28, 28) and labels (n,) as EMNIST stores them: transposed, twice."""
     raw.mkdir(parents=True, exist_ok=True)
+    pixels, classes = images.transpose(0, 2, 1).tobytes(), labels.astype(np.uint8).tobytes()
     for part in ("train", "test"):
-        with open(raw / f"emnist-byclass-{part}-images-idx3-ubyte", "wb") as file:
-            file.write(struct.pack(">IIII", 0x803, len(images), 28, 28) + images.transpose(0, 2, 1).tobytes())
-        with open(raw / f"emnist-byclass-{part}-labels-idx1-ubyte", "wb") as file:
-            file.write(struct.pack(">II", 0x801, len(labels)) + labels.astype(np.uint8).tobytes())
+        head = struct.pack(">IIII", 0x803, len(images), 28, 28)
+        (raw / f"emnist-byclass-{part}-images-idx3-ubyte").write_bytes(head + pixels)
+        head = struct.pack(">II", 0x801, len(labels))
+        (raw / f"emnist-byclass-{part}-labels-idx1-ubyte").write_bytes(head + classes)
 
 
 def fake_emnist(datasets, per_class=24):
-    """EMNIST files in datasets/emnist with printed characters instead of handwritten ones, all 62 classes."""
+    """EMNIST files in datasets/emnist with printed characters, all 62 classes."""
     characters = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
     font = ImageFont.truetype(FONT, 22)
-    images, labels = [], []
-    for i in range(per_class * len(characters)):
+    images = []
+    for c in characters * per_class:
         image = Image.new("L", (28, 28), 0)
-        ImageDraw.Draw(image).text((14, 14), characters[i % 62], font=font, fill=255, anchor="mm")
+        ImageDraw.Draw(image).text((14, 14), c, font=font, fill=255, anchor="mm")
         images.append(np.asarray(image))
-        labels.append(i % 62)
-    write_idx(datasets / "emnist" / "EMNIST" / "raw", np.stack(images), np.array(labels))
+    labels = np.tile(np.arange(62), per_class)
+    write_idx(Path(datasets) / "emnist" / "EMNIST" / "raw", np.stack(images), labels)
+
+
+class Script:
+    """A script as its module, and set() for its constants until the end of the test."""
+
+    def __init__(self, module, monkeypatch):
+        self.module, self.monkeypatch, self.constants = module, monkeypatch, {}
+
+    def __getattr__(self, name):
+        return getattr(self.module, name)
+
+    def set(self, **constants):
+        """Set constants, or functions, of the script; all must exist."""
+        for name, value in constants.items():
+            self.monkeypatch.setattr(self.module, name, value)
+            self.constants[name] = value
+
+    def command(self, folder, start_method=None, **constants):
+        """A command that runs the script, as a user would, with the constants set so far."""
+        name, values = self.module.__name__, self.constants | constants
+        start = f"    multiprocessing.set_start_method({start_method!r})\n" if start_method else ""
+        path = folder / f"{name}_{len(list(folder.glob('*.py')))}.py"
+        path.write_text(
+            f"import multiprocessing, sys\nsys.path.insert(0, {str(ROOT)!r})\n"
+            f"import crnn, {name} as script\nvars(script).update({values!r})\n"
+            f"if __name__ == '__main__':\n{start}    crnn.run(script.main)\n",
+            encoding="utf-8",
+        )
+        return [sys.executable, str(path)]
+
+    def run(self, folder, processes=1, timeout=150, **options):
+        """Run command() to its end, under torchrun where processes > 1. Returns what it printed."""
+        command = self.command(folder, **options)
+        if processes > 1:
+            launcher = ["-m", "torch.distributed.run", "--standalone"]
+            command[1:1] = [*launcher, f"--nproc_per_node={processes}"]
+        environment = dict(os.environ, PYTHONIOENCODING="utf-8")
+        pipes = dict(capture_output=True, text=True, encoding="utf-8", env=environment)
+        run = subprocess.run(command, timeout=timeout, **pipes)
+        assert run.returncode == 0, run.stderr[-2000:]
+        return run.stdout
 
 
 @pytest.fixture
 def prepare(tmp_path, monkeypatch):
-    """The preparation script with tiny constants and its own datasets folder."""
-    import prepare_ocr_dataset as script
-    tiny = dict(DATASETS_DIR=str(tmp_path / "datasets"), FONTS_DIR=str(ROOT / "myFonts"), NUM_TRDG=24, NUM_MATH=24, NUM_EMNIST=24,
-                NUM_EMNIST_WORDS=24, NUM_EMNIST_MATH=24, NUM_HANDWRITING=24, NUM_WORKERS=1, FONTS=())
-    for name, value in tiny.items():
-        monkeypatch.setattr(script, name, value)
-    script.emnist.cache_clear(), script.emnist_places.cache_clear(), script.emnist_looks.cache_clear()
+    """The preparation script with 24 images a source, one process and its own datasets folder."""
+    import prepare_ocr_dataset as module
+
+    script = Script(module, monkeypatch)
+    script.set(NUM_IMAGES=dict.fromkeys(module.SOURCES, 24), NUM_WORKERS=1)
+    script.set(DATASETS_DIR=str(tmp_path / "datasets"), FONTS_DIR=str(ROOT / "myFonts"))
+    for cached in (module.emnist, module.emnist_class, module.emnist_is_there):
+        cached.cache_clear()
     return script
 
 
 @pytest.fixture
 def train(tmp_path, monkeypatch):
-    """The training script with a small network and its own model folder."""
-    import train_crnn as script
-    tiny = dict(MODEL_PATH=str(tmp_path / "model" / "crnn.pth"), DATA_CSV=str(tmp_path / "datasets" / "data.csv"), NUM_WORKERS=1,
-                INIT_WEIGHTS=None, CHANNELS=(8, 16, 24, 32), HIDDEN=32, EPOCHS=1, MIN_STEPS=0, MIN_CHARACTER_ROWS=1, DEVICE="cpu")
-    for name, value in tiny.items():
-        monkeypatch.setattr(script, name, value)
+    """The training script from nothing with a small network and its own model folder."""
+    import train_crnn as module
+
+    script = Script(module, monkeypatch)
+    small = dict(module.FROM_NOTHING, channels=(8, 16, 24, 32), hidden=32)
+    script.set(FROM_NOTHING=small, INIT_WEIGHTS=None, EPOCHS=1, MIN_STEPS=0, DEVICE="cpu")
+    script.set(MODEL_PATH=str(tmp_path / "model" / "crnn.pth"), NUM_WORKERS=1)
+    script.set(DATA_CSV=str(tmp_path / "datasets" / "data.csv"), MIN_CHARACTER_ROWS=1)
     return script
 
 
 @pytest.fixture
 def infer(tmp_path, monkeypatch):
     """The inference script on the files of the fixtures above."""
-    import inference_crnn as script
-    tiny = dict(MODEL_PATH=str(tmp_path / "model" / "crnn.pth"), DATA_CSV=str(tmp_path / "datasets" / "data.csv"),
-                PRETRAINED=str(tmp_path / "no pretrained.pth"),
-                PREDICTIONS_CSV=str(tmp_path / "predictions.csv"), REPORT_DIR=None, DEVICE="cpu")
-    for name, value in tiny.items():
-        monkeypatch.setattr(script, name, value)
+    import inference_crnn as module
+
+    script = Script(module, monkeypatch)
+    script.set(MODEL_PATH=str(tmp_path / "model" / "crnn.pth"), DEVICE="cpu", REPORT_DIR=None)
+    script.set(DATA_CSV=str(tmp_path / "datasets" / "data.csv"))
+    script.set(PRETRAINED=str(tmp_path / "no pretrained.pth"))
+    script.set(PREDICTIONS_CSV=str(tmp_path / "predictions.csv"))
     return script

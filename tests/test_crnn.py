@@ -1,73 +1,136 @@
-"""Charset, pictures, network, decoding, checkpoints, csv files and scores."""
-import math
+"""How a script ends, charset, image to tensor, network, decoding, reading, files and scores."""
+
+import io
 import os
 import pickle
+import re
+import sys
+from unittest.mock import Mock
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import ROOT, line_image
 from PIL import Image
 
-from conftest import line_image
 import crnn
-from crnn import (BLANK, CRNN, UNCALIBRATED, Charset, Reading, add_split, calibrate, calibrated, calibration_error, fold_lookalikes,
-                  frames_needed, greedy_decode, load_checkpoint, load_image, num_frames, pad_batch, read_images, read_labels, save_checkpoint, score_table, whole_file, write_labels)
-from prepare_ocr_dataset import CHARSET
+from crnn import BLANK, Charset, InputError, load_checkpoint, load_image, read_images, read_labels
+from prepare_ocr_dataset import CHARSET, write_labels
+from train_crnn import calibrate
 
 
-def small_model(charset, seed=0):
-    torch.manual_seed(seed)
-    model = CRNN(charset.num_classes, channels=(8, 16, 24, 32), hidden=16)
-    for norm in model.norms:  # as after training, so that padding would leak if it could
-        torch.nn.init.normal_(norm.bias), torch.nn.init.normal_(norm.running_mean, 0, 0.1)
+def small_model(characters=CHARSET):
+    """A small network whose norms are as after training, so that padding would leak if it could."""
+    torch.manual_seed(0)
+    model = crnn.CRNN(Charset(characters), channels=(8, 16, 24, 32), hidden=16)
+    for norm in model.norms:
+        torch.nn.init.normal_(norm.bias)
+        torch.nn.init.normal_(norm.running_mean, 0, 0.1)
     return model.eval()
 
 
+def lines(*texts):
+    """What load_image makes of an image of each text."""
+    return [load_image(line_image(text)) for text in texts]
+
+
+def distance(image):
+    """The mean difference, in tones, of an image to that of R7."""
+    return (image.float() - lines("R7")[0].float()).abs().mean()
+
+
+def small_line(size, text, place):
+    """A white image of some size with a small line of text at some place."""
+    image = Image.new("L", size, 255)
+    image.paste(line_image(text, size=20, margin=0), place)
+    return image
+
+
+def rows_with_ink(image):
+    """How many rows of an image, uint8 (H, W), have ink in them."""
+    return int((image < 155).any(1).sum())
+
+
+# ---- how a script ends
+MENDABLE = [
+    (InputError("no data.csv: write one"), "no data.csv: write one"),
+    (KeyboardInterrupt(), "stopped: run the same command again, and it goes on .*"),
+    (OSError(28, "No space left", "out.csv"), "cannot write: .*No space left: 'out.csv'.*"),
+]
+
+
+@pytest.mark.parametrize("error, line", MENDABLE)
+def test_what_the_user_can_mend_ends_in_one_line(error, line):
+    with pytest.raises(SystemExit) as end:
+        crnn.run(Mock(side_effect=error))
+    assert re.fullmatch(line, end.value.code)  # where . is no line break
+
+
+def test_another_value_error_comes_through_as_itself():
+    error = ValueError("a mistake of ours")
+    with pytest.raises(ValueError) as raised:
+        crnn.run(Mock(side_effect=error))
+    assert raised.value is error
+
+
+def test_a_script_prints_every_character_and_ends_with_the_status_of_its_main(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="cp1252"))
+    with pytest.raises(SystemExit) as end:
+        crnn.run(lambda text: print(text) or 1, "√16 ≤ 4.5")
+    assert end.value.code == 1
+    sys.stdout.flush()
+    assert sys.stdout.buffer.getvalue().decode("utf-8").strip() == "√16 ≤ 4.5"
+
+
 # ---- charset
+LABELS = ["a", "Hello, World!", "007", " a b ", "√16 ≤ 4.5 ≠ π ± × ÷ ≥", '"', "\\", CHARSET]
 
-@pytest.mark.parametrize("label", ["a", "Hello, World!", "007", " a b ", "√16 ≤ 4.5 ≠ π ± × ÷ ≥", '"', "\\", CHARSET])
-def test_charset_round_trip(label):
+
+@pytest.mark.parametrize("label", LABELS)
+def test_a_charset_decodes_what_it_encodes(label):
     charset = Charset(CHARSET)
-    indices = charset.encode(label)
-    assert charset.decode(indices) == label
-    assert BLANK not in indices and all(1 <= i < charset.num_classes for i in indices)
+    classes = charset.encode(label)
+    assert charset.decode(classes) == label
+    assert BLANK not in classes
+    assert all(1 <= i < charset.num_classes for i in classes)
 
 
-def test_charset_is_ascii_and_math():
-    assert len(CHARSET) == 103 and Charset(CHARSET).num_classes == 104
-    assert CHARSET[:95] == "".join(map(chr, range(32, 127))) and CHARSET[95:] == "×÷±√π≤≥≠"
+def test_the_charset_is_ascii_and_math():
+    assert len(CHARSET) == 103
+    assert Charset(CHARSET).num_classes == 104
+    assert CHARSET[:95] == "".join(map(chr, range(32, 127)))
+    assert CHARSET[95:] == "×÷±√π≤≥≠"
 
 
-def test_charset_refuses_duplicates_and_strangers():
-    with pytest.raises(ValueError, match=r"'b' \(U\+0062\)"):
+def test_a_charset_refuses_what_it_cannot_map():
+    with pytest.raises(InputError, match=r"'b' \(U\+0062\)"):
         Charset("abcb")
-    with pytest.raises(ValueError, match=r"'é' \(U\+00E9\)"):
-        Charset("abc").encode("bé")
-    with pytest.raises(ValueError, match="empty"):
+    with pytest.raises(InputError, match="empty"):
         Charset("")
+    with pytest.raises(InputError, match=r"'é' \(U\+00E9\)"):
+        Charset("abc").encode("bé")
     for index in (BLANK, 4, -1):  # Python would read -1 as the last character
-        with pytest.raises(ValueError, match="class"):
+        with pytest.raises(ValueError, match=f"{index}.* not all characters"):
             Charset("abc").decode([index])
 
 
-# ---- pictures
-
-def reference():
-    return load_image(line_image("R7"))
+# ---- image to tensor
+MODES = ["1", "L", "P", "RGB", "RGBA", "LA", "CMYK", "I;16", "I", "F", "HSV", "YCbCr"]
 
 
-@pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "RGBA", "LA", "CMYK", "I;16", "I", "F", "HSV", "YCbCr"])
-def test_every_mode_gives_the_same_picture(mode):
-    grey = line_image("R7")
+@pytest.mark.parametrize("mode", MODES)
+def test_every_mode_gives_the_same_image(mode):
+    image = line_image("R7")
     if mode == "I;16":
-        image = Image.fromarray(np.asarray(grey).astype(np.uint16) * 257)
-    else:
-        image = grey.convert("RGB").convert(mode) if mode in ("HSV", "YCbCr", "CMYK") else grey.convert(mode)
+        image = Image.fromarray(np.asarray(image).astype(np.uint16) * 257)
+    else:  # by way of RGB, since Pillow converts to some modes from it only
+        image = (image.convert("RGB") if mode in ("HSV", "YCbCr", "CMYK") else image).convert(mode)
     tensor = load_image(image)
-    assert tensor.dtype == torch.uint8 and tensor.shape == reference().shape
-    assert (tensor.float() - reference().float()).abs().mean() < (12 if mode == "1" else 2)
+    assert tensor.dtype == torch.uint8
+    assert tensor.shape == lines("R7")[0].shape
+    assert distance(tensor) < (12 if mode == "1" else 2)
 
 
 @pytest.mark.parametrize("text", ["R7", "W", ".", "|", "EMBW#@", "l", "-"])
@@ -79,181 +142,158 @@ def test_polarity_does_not_matter(text):
 
 
 @pytest.mark.parametrize("tone", [0, 255])
-def test_transparent_background(tone):
-    """Black or white ink on a transparent ground of any hidden colour."""
-    alpha = np.asarray(Image.eval(line_image("R7"), lambda t: 255 - t))
-    for hidden in (0, 255):
-        rgba = np.where(alpha[..., None] > 0, tone, hidden).repeat(3, 2)
-        image = Image.fromarray(np.concatenate([rgba, alpha[..., None]], 2).astype(np.uint8), "RGBA")
-        assert (load_image(image).float() - reference().float()).abs().mean() < 2
+@pytest.mark.parametrize("hidden", [0, 255])
+def test_transparent_ground_of_any_hidden_colour_becomes_paper(tone, hidden):
+    alpha = np.asarray(Image.eval(line_image("R7"), lambda t: 255 - t))[..., None]
+    colours = np.where(alpha > 0, tone, hidden).repeat(3, 2)
+    image = Image.fromarray(np.concatenate([colours, alpha], 2).astype(np.uint8), "RGBA")
+    assert distance(load_image(image)) < 2
 
 
-def test_exif_rotation(tmp_path):
+def test_exif_rotation_is_undone(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # stored turned by 90 degrees
     line_image("R7").rotate(90, expand=True).save(tmp_path / "turned.png", exif=exif)
-    assert torch.equal(load_image(tmp_path / "turned.png"), reference())
+    assert torch.equal(load_image(tmp_path / "turned.png"), lines("R7")[0])
 
 
-def test_arrays_are_pictures():
+@pytest.mark.parametrize("kind", ["uint8", "float64", "float32", "bool", "colour"])
+def test_arrays_are_images(kind):
     grey = np.asarray(line_image("R7"))
-    for array in (grey, grey / 255, grey > 128, np.repeat(grey[..., None], 3, 2), grey.astype(np.float32) / 255):
-        assert (load_image(array).float() - reference().float()).abs().mean() < 12
+    arrays = dict(uint8=grey, float64=grey / 255, float32=grey.astype(np.float32) / 255)
+    arrays |= dict(bool=grey > 128, colour=np.repeat(grey[..., None], 3, 2))
+    image, reason = crnn.try_load(arrays[kind])
+    assert distance(image) < 12
+    assert reason is None
 
 
-def test_odd_sizes():
+def test_odd_sizes_keep_their_aspect_and_faint_noise_is_not_ink():
     assert load_image(Image.new("L", (40, 1), 255)).shape == (32, 1280)
     assert load_image(Image.new("L", (1, 40), 255)).shape == (32, 1)
-    assert load_image(Image.new("L", (3, 100), 255), height=64).shape == (64, 2)
-    blank = load_image(Image.fromarray(np.random.default_rng(0).integers(228, 236, (40, 90), dtype=np.uint8)))
-    assert blank.min() > 190  # faint noise is not stretched into ink
-
-
-@pytest.mark.parametrize("content, complaint", [
-    (b"", "not a picture"), (b"this is text", "not a picture"), (None, "no such file"), ("half", "cannot be read"), ("wide", "too wide")])
-def test_unreadable_pictures_are_named(tmp_path, content, complaint):
-    path = tmp_path / "täst 1.png"
-    if content == "half":
-        line_image("Rg7 and more of it").save(path)
-        path.write_bytes(path.read_bytes()[:300])
-    elif content == "wide":
-        Image.new("L", (9000, 2), 255).save(path)
-    elif content is not None:
-        path.write_bytes(content)
-    with pytest.raises(ValueError, match=complaint) as error:
-        load_image(path)
-    assert str(path) in str(error.value) and "\n" not in str(error.value)
-
-
-# ---- network
-
-def test_frames_follow_the_width():
-    model = small_model(Charset("ab"))
-    for width in (1, 3, 4, 5, 31, 32, 33):
-        logits, frames = model(torch.zeros(1, 1, 32, width), torch.tensor([width]))
-        assert logits.shape == (num_frames(width), 1, 3) and frames.tolist() == [math.ceil(width / 4)]
-
-
-def test_a_line_reads_the_same_alone_and_in_a_batch():
-    charset = Charset(CHARSET)
-    model = small_model(charset)
-    pictures = [load_image(line_image(text)) for text in ("a", "wide enough to matter", "17", "€")]
-    ink, widths = pad_batch(pictures)
-    together, frames = model(ink, widths)
-    for i, picture in enumerate(pictures):
-        alone, count = model(*pad_batch([picture]))
-        assert count[0] == frames[i]
-        torch.testing.assert_close(together[:frames[i], i], alone[:, 0], atol=2e-5, rtol=1e-4)
-    assert [r.text for r in read_images(model, charset, pictures, 4)] == [r.text for r in read_images(model, charset, pictures, 1)]
-
-
-def test_reading_computes_what_training_learned():
-    """Without gradients, batch norm is folded into the convolutions and the work is done in place."""
-    model = small_model(Charset(CHARSET))
-    torch.manual_seed(0)
-    for norm in model.norms:
-        for values in (norm.weight.data, norm.bias.data, norm.running_mean, norm.running_var):
-            values.copy_(torch.rand(len(values)) + 0.3)
-    ink, widths = pad_batch([load_image(line_image(text)) for text in ("a", "wide enough to matter", "17")])
-    learned, frames = model(ink, widths)
-    with torch.inference_mode():
-        read, _ = model(ink, widths)
-    assert learned.requires_grad and not read.requires_grad
-    for i, count in enumerate(frames):
-        torch.testing.assert_close(read[:count, i], learned[:count, i].detach(), atol=1e-4, rtol=1e-4)
-
-
-# ---- CTC
-
-@pytest.mark.parametrize("path, text", [("--a-b", "ab"), ("aab-b", "abb"), ("-----", ""), ("aaaaa", "a"), ("a-a-a", "aaa"),
-                                        ("abba-", "aba"), ("bbb-b", "bb"), ("-b--a", "ba")])
-def test_greedy_decoding_table(path, text):
-    """Graves et al. 2006, equation 1: merge repeats, then remove blanks."""
-    logits = torch.full((len(path) + 3, 1, 3), -9.0)  # (T, N, C); three frames of padding, full of "b", are not read
-    logits[:, 0, 2] = 9
-    for t, c in enumerate(path):
-        logits[t, 0] = -9
-        logits[t, 0, "-ab".index(c)] = 9
-    reading, = greedy_decode(logits, torch.tensor([len(path)]), Charset("ab"))
-    assert reading.text == text and reading.confidence > 0.99
-    assert [c.character for c in reading.characters] == list(text) and all(c.confidence > 0.99 for c in reading.characters)
-    edges = [edge for c in reading.characters for edge in (c.left, c.right)]
-    assert edges == sorted(edges) and all(0 <= edge <= 1 for edge in edges)
-
-
-@pytest.mark.parametrize("path, text", [(" a-b ", "ab"), ("  -a ", "a"), ("a- -b", "a b"), (" - - ", "")])
-def test_spaces_at_the_ends_are_margin(path, text):
-    logits = torch.full((len(path), 1, 4), -9.0)  # (T, N, C)
-    for t, c in enumerate(path):
-        logits[t, 0, "-ab ".index(c)] = 9
-    reading, = greedy_decode(logits, torch.tensor([len(path)]), Charset("ab "))
-    assert reading.text == text and "".join(c.character for c in reading.characters) == text and reading.confidence > 0.99
-
-
-def test_confidence_is_the_probability_of_the_text():
-    probabilities = torch.tensor([[0.3, 0.7], [0.4, 0.6]])  # two frames of blank, "a"
-    reading, = greedy_decode(probabilities.log()[:, None], torch.tensor([2]), Charset("a"))
-    assert reading.text == "a"
-    assert reading.confidence == pytest.approx(0.7 * 0.6 + 0.7 * 0.4 + 0.3 * 0.6)  # aa, a-, -a
-    assert reading.characters == [("a", pytest.approx(0.7), 0, 1, [])]
-    empty, = greedy_decode((1 - probabilities).log()[:, None], torch.tensor([2]), Charset("a"))
-    assert empty.text == "" and empty.confidence == pytest.approx(0.7 * 0.6) and empty.characters == []
-
-
-def test_batches_hold_similar_widths():
-    widths = [10, 400, 12, *range(90, 150, 3), 11, 1000]
-    batches = list(crnn.similar_widths(widths, 15))
-    assert sorted(i for batch in batches for i in batch) == list(range(len(widths)))
-    assert [[widths[i] for i in batch] for batch in batches] == [[10, 11, 12], [*range(90, 121, 3)], [*range(123, 150, 3)], [400], [1000]]
-    assert list(map(len, crnn.similar_widths([50] * 7, 3))) == [3, 3, 1] and list(crnn.similar_widths([], 3)) == []
+    assert load_image(Image.new("L", (3, 100), 255)).shape == (32, 1)
+    noise = np.random.default_rng(0).integers(228, 236, (40, 90), dtype=np.uint8)
+    assert load_image(Image.fromarray(noise)).min() > 190
 
 
 def test_small_and_condensed_lines_are_seen_closer():
-    """Between high margins a line is brought nearer; condensed, it is widened; single characters and blank paper stay what they are."""
-    ink = lambda image: int(((image < 155).sum(1) > 0).sum())  # rows with ink
-    small = Image.new("L", (400, 120), 255)
-    small.paste(line_image("Serial 4711", size=20, margin=0), (60, 50))
-    seen = load_image(small)
-    plain = crnn.at_height(small, 32)
-    assert seen.shape[0] == 32 and ink(seen) > 2 * ink(torch.from_numpy(plain)) and seen.shape[1] > 2 * plain.shape[1]
+    small = small_line((400, 120), "Serial 4711", (60, 50))
+    seen, plain = load_image(small), crnn.at_height(small)
+    assert seen.shape[0] == 32
+    assert rows_with_ink(seen) > 2 * rows_with_ink(plain)
+    assert seen.shape[1] > 2 * plain.shape[1]
     line = line_image("Serial number 4711")
     condensed = line.resize((line.width // 2, line.height))
     aspect = condensed.width / condensed.height
     assert 1.3 < load_image(condensed).shape[1] / (32 * aspect) <= 1.5
-    for image in (line_image("c"), line_image(","), Image.new("L", (300, 100), 255), line_image("-", margin=40)):
-        assert crnn.closer_view(crnn.at_height(image, 32)) is None
 
 
-def test_unsure_readings_get_a_second_look(monkeypatch):
-    small = Image.new("L", (200, 100), 255)
-    small.paste(line_image("Rg 7", size=20, margin=0), (60, 40))
-    wide, smaller = crnn.looks(load_image(small))
-    ink = lambda image: int(((image < 155).sum(1) > 0).sum())  # rows with ink
-    assert wide.shape[0] == smaller.shape[0] == 32
-    assert ink(wide) > ink(smaller) > 1.5 * ink(load_image(small)) and wide.shape[1] > 1.25 * load_image(small).shape[1]
-    assert [look.shape for look in crnn.looks(torch.full((32, 40), 255, dtype=torch.uint8))] == [(32, 50), (32, 34)]
-
-    seen = []
-    def read_once(model, charset, images, batch_size):
-        seen.append(len(images))
-        return [Reading(f"{image.shape[1]}", 0.9 if image.shape[1] in (300, wide.shape[1]) else 0.3, []) for image in images]
-    monkeypatch.setattr(crnn, "read_once", read_once)
-    sure = torch.full((32, 300), 255, dtype=torch.uint8)
-    readings = crnn.read_images(None, None, [sure, load_image(small)], 8, calibration=(2.0, 0.0))
-    assert seen == [2, 2] and [r.text for r in readings] == ["300", f"{wide.shape[1]}"]
-    assert readings[0].confidence == crnn.calibrated(0.9, (2.0, 0.0)) > 0.9
+@pytest.mark.parametrize("text, margin", [("c", 4), (",", 4), ("-", 40), ("", 100)])
+def test_single_characters_and_blank_paper_stay_what_they_are(text, margin):
+    assert crnn.closer_view(crnn.at_height(line_image(text, margin=margin))) is None
 
 
-def test_where_characters_stand_and_what_else_they_could_be():
-    probabilities = torch.full((8, 1, 4), 0.01)  # (T, N, C): blank, O, 0, 1
-    probabilities[:, 0, 0] = 0.97
-    probabilities[1, 0] = torch.tensor([0.02, 0.6, 0.37, 0.01])
-    probabilities[5, 0] = torch.tensor([0.01, 0.005, 0.005, 0.98])
-    reading, = greedy_decode(probabilities.log(), torch.tensor([8]), Charset("O01"))
+# ---- network
+@pytest.mark.parametrize("width", [1, 3, 4, 5, 31, 32, 33])
+def test_frames_follow_the_width(width):
+    logits, frames = small_model("ab")(torch.zeros(1, 1, 32, width), torch.tensor([width]))
+    assert logits.shape == (crnn.num_frames(width), 1, 3)
+    assert frames.tolist() == [np.ceil(width / 4)]
+
+
+def test_a_line_reads_the_same_alone_and_in_a_batch():
+    model, images = small_model(), lines("a", "wide enough to matter", "17", "€")
+    together, frames = model(*crnn.pad_batch(images))
+    for i, image in enumerate(images):
+        alone, count = model(*crnn.pad_batch([image]))
+        assert count[0] == frames[i]
+        torch.testing.assert_close(together[: frames[i], i], alone[:, 0], atol=2e-5, rtol=1e-4)
+    in_batch, one_by_one = read_images(model, images, 4), read_images(model, images, 1)
+    assert [r.text for r in in_batch] == [r.text for r in one_by_one]
+
+
+def test_the_folded_network_computes_what_training_learned():
+    model = small_model()
+    for norm in model.norms:
+        for values in (norm.weight.data, norm.bias.data, norm.running_mean, norm.running_var):
+            values.copy_(torch.rand(len(values)) + 0.3)
+    folded = crnn.folded(model)
+    assert not any(isinstance(part, torch.nn.BatchNorm2d) for part in folded.modules())
+    batch = crnn.pad_batch(lines("a", "wide enough to matter", "17"))
+    learned, frames = model(*batch)
+    with torch.inference_mode():
+        read, _ = folded(*batch)
+    assert learned.requires_grad
+    assert not read.requires_grad
+    for i, count in enumerate(frames):
+        torch.testing.assert_close(read[:count, i], learned[:count, i], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("frames", [[5, 1, 3, 4], [5, 5, 5, 5], None])
+def test_every_line_is_reversed_within_its_own_frames(frames):
+    x = torch.randn(5, 4, 2)  # (T, N, D)
+    found = crnn.reverse(x, frames and torch.tensor(frames))
+    for n, count in enumerate(frames or [5] * 4):
+        for t in range(count):
+            assert torch.equal(found[t, n], x[count - 1 - t, n])
+
+
+# ---- decoding and reading
+PATHS = {"--a-b": "ab", "aab-b": "abb", "-----": "", "aaaaa": "a", "a-a-a": "aaa", "abba-": "aba"}
+PATHS |= {"bbb-b": "bb", "-b--a": "ba", " a-b ": "ab", "  -a ": "a", "a- -b": "a b", " - - ": ""}
+
+
+def decode(probabilities, characters, count=None):
+    """The Reading of one line by its probabilities (T, C), of which count frames are its own."""
+    logits, frames = probabilities.log()[:, None], torch.tensor([count or len(probabilities)])
+    return crnn.greedy_decode(logits, frames, Charset(characters))[0]
+
+
+@pytest.mark.parametrize("path, text", PATHS.items())
+def test_repeats_are_merged_then_blanks_removed_and_spaces_at_the_ends(path, text):
+    """Graves et al. 2006, equation 1, but for the spaces. Padding, full of b, is not read."""
+    classes = torch.tensor(["-a b".index(c) for c in path + "bbb"])
+    reading = decode(F.one_hot(classes, 4) + 1e-8, "a b", len(path))
+    assert reading.text == text
+    assert reading.confidence > 0.99
+    assert [c.character for c in reading.characters] == list(text)
+    assert all(c.confidence > 0.99 for c in reading.characters)
+    edges = [edge for c in reading.characters for edge in (c.left, c.right)]
+    assert edges == sorted(edges)
+    assert all(0 <= edge <= 1 for edge in edges)
+
+
+def test_confidence_is_the_probability_of_the_text():
+    probabilities = torch.tensor([[0.3, 0.7], [0.4, 0.6]])  # two frames of blank, a
+    reading, empty = decode(probabilities, "a"), decode(1 - probabilities, "a")
+    assert reading.text == "a"
+    assert reading.confidence == pytest.approx(0.7 * 0.6 + 0.7 * 0.4 + 0.3 * 0.6)  # aa, a-, -a
+    assert reading.characters == [("a", pytest.approx(0.7), 0, 1, [])]
+    assert empty.text == ""
+    assert empty.confidence == pytest.approx(0.7 * 0.6)
+    assert empty.characters == []
+
+
+def test_a_reading_tells_where_characters_stand_and_what_else_they_could_be():
+    probabilities = torch.full((8, 4), 0.01)  # (T, C): blank, O, 0, 1
+    probabilities[:, 0] = 0.97
+    probabilities[1] = torch.tensor([0.02, 0.6, 0.37, 0.01])
+    probabilities[5] = torch.tensor([0.01, 0.005, 0.005, 0.98])
+    reading = decode(probabilities, "O01")
     assert reading.text == "O1"
     first, second = reading.characters
-    assert first.alternatives == [("0", pytest.approx(0.37))] and second.alternatives == []
-    assert (first.left, first.right) == (0, pytest.approx(3.5 / 8)) and (second.left, second.right) == (pytest.approx(3.5 / 8), pytest.approx(7.5 / 8))
+    assert first.alternatives == [("0", pytest.approx(0.37))]
+    assert second.alternatives == []
+    assert (first.left, first.right) == (0, pytest.approx(3.5 / 8))
+    assert (second.left, second.right) == (pytest.approx(3.5 / 8), pytest.approx(7.5 / 8))
+
+
+@pytest.mark.parametrize("label", ["a", "ab", "aa", "aab", "abab", "aaa", "abbba"])
+def test_the_frames_needed_are_those_of_the_ctc_loss(label):
+    target = torch.tensor([Charset("ab").encode(label)])
+    for frames in range(1, 12):
+        log_probs = torch.zeros(frames, 1, 3).log_softmax(2)
+        loss = F.ctc_loss(log_probs, target, torch.tensor([frames]), torch.tensor([len(label)]))
+        assert torch.isfinite(loss) == (crnn.frames_needed(label) <= frames)
 
 
 def test_calibration_makes_confidence_the_share_of_right_readings():
@@ -261,123 +301,199 @@ def test_calibration_makes_confidence_the_share_of_right_readings():
     true = rng.uniform(0.02, 0.98, 4000)
     correct = rng.random(4000) < true
     overconfident = 1 / (1 + np.exp(-3 * np.log(true / (1 - true)) - 1))
-    calibration = calibrate(list(overconfident), list(correct))
-    assert calibration[0] == pytest.approx(1 / 3, abs=0.03) and calibration[1] == pytest.approx(-1 / 3, abs=0.1)
-    after = [calibrated(c, calibration) for c in overconfident]
-    assert calibration_error(overconfident, correct) > 0.1 and calibration_error(after, correct) < 0.03
-    slope, offset = calibrate([0.9] * 10, [True] * 10)  # nothing to learn from
-    assert 0 < slope < 10 and calibrated(0.9, (slope, offset)) > 0.85 and calibrated(0.3, UNCALIBRATED) == 0.3
-    assert calibrated(1.0, (slope, offset)) <= 1 and calibrated(0.0, (slope, offset)) >= 0
+    slope, offset = calibrate(list(overconfident), list(correct))
+    assert slope == pytest.approx(1 / 3, abs=0.03)
+    assert offset == pytest.approx(-1 / 3, abs=0.1)
+    assert crnn.calibration_error(overconfident, correct) > 0.1
+    after = [crnn.calibrated(c, (slope, offset)) for c in overconfident]
+    assert crnn.calibration_error(after, correct) < 0.03
+    calibration = calibrate([0.9] * 10, [True] * 10)  # nothing to learn from
+    assert 0 < calibration[0] < 10
+    assert crnn.calibrated(0.9, calibration) > 0.85
+    assert crnn.calibrated(1.0, calibration) <= 1
+    assert crnn.calibrated(0.0, calibration) >= 0
+    assert crnn.calibrated(0.3, crnn.UNCALIBRATED) == pytest.approx(0.3, rel=1e-12)
 
 
-@pytest.mark.parametrize("label", ["a", "ab", "aa", "aab", "abab", "aaa", "abbba"])
-def test_feasibility_is_what_ctc_loss_says(label):
-    target = Charset("ab").encode(label)
-    for frames in range(1, 12):
-        loss = F.ctc_loss(torch.zeros(frames, 1, 3).log_softmax(2), torch.tensor([target]), torch.tensor([frames]),
-                          torch.tensor([len(target)]))
-        assert torch.isfinite(loss) == (frames_needed(label) <= frames)
+def test_batches_hold_similar_widths():
+    widths = [10, 400, 12, *range(90, 150, 3), 11, 1000]
+    batches = list(crnn.similar_widths(widths, 15))
+    assert sorted(i for batch in batches for i in batch) == list(range(len(widths)))
+    wanted = [[10, 11, 12], [*range(90, 121, 3)], [*range(123, 150, 3)], [400], [1000]]
+    assert [[widths[i] for i in batch] for batch in batches] == wanted
+    assert list(map(len, crnn.similar_widths([50] * 7, 3))) == [3, 3, 1]
+    assert list(crnn.similar_widths([], 3)) == []
+
+
+def test_unsure_readings_get_a_second_look(monkeypatch):
+    unsure = load_image(small_line((200, 100), "Rg 7", (60, 40)))
+    wide, smaller = crnn.looks(unsure)
+    assert [wide.shape[0], smaller.shape[0]] == [32, 32]
+    assert rows_with_ink(wide) > rows_with_ink(smaller)
+    assert rows_with_ink(smaller) > 1.5 * rows_with_ink(unsure)
+    assert wide.shape[1] > 1.25 * unsure.shape[1]
+    blank = torch.full((32, 300), 255, dtype=torch.uint8)
+    assert [look.shape for look in crnn.looks(blank[:, :40])] == [(32, 50), (32, 34)]
+    counts, surest = [], (300, wide.shape[1])
+
+    def read_once(model, images, batch_size):
+        counts.append(len(images))
+        widths = [image.shape[1] for image in images]
+        return [crnn.Reading(f"{w}", 0.9 if w in surest else 0.3, []) for w in widths]
+
+    monkeypatch.setattr(crnn, "read_once", read_once)
+    readings = read_images(Mock(calibration=(2.0, 0.0)), [blank, unsure], 8)
+    assert counts == [2, 2]
+    assert [r.text for r in readings] == [f"{width}" for width in surest]
+    assert readings[0].confidence == crnn.calibrated(0.9, (2.0, 0.0))
+    assert readings[0].confidence > 0.9
+
+
+def test_the_shipped_weights_read_what_they_always_read(monkeypatch):
+    monkeypatch.setattr(crnn, "compute_dtype", lambda *_: torch.float32)
+    foreign = ROOT / "tests" / "foreign"
+    rows = pd.read_csv(foreign / "readings.csv", dtype=str, keep_default_na=False)
+    assert len(rows) == 120
+    model = load_checkpoint(ROOT / "ocr_crnn_model" / "pretrained.pth")
+    readings = read_images(model, [load_image(foreign / path) for path in rows.image_path], 48)
+    found = dict(zip(rows.image_path, (reading.text for reading in readings)))
+    assert found == dict(zip(rows.image_path, rows.prediction))
 
 
 # ---- files
-
-def test_checkpoint_round_trip(tmp_path):
-    charset = Charset(CHARSET)
-    model = small_model(charset)
-    save_checkpoint(tmp_path / "new folder" / "ü.pth", model, charset, epoch=3)
-    again, charset_again, facts = load_checkpoint(tmp_path / "new folder" / "ü.pth")
-    pictures = [load_image(line_image("Round trip"))]
-    ink, widths = pad_batch(pictures)
-    assert torch.equal(model(ink, widths)[0], again(ink, widths)[0])
-    assert charset_again.characters == CHARSET and facts == {"epoch": 3} and not again.training
-    assert [p.name for p in (tmp_path / "new folder").iterdir()] == ["ü.pth"]  # no temporary file left
+def test_a_checkpoint_keeps_all_that_reading_and_learning_need(tmp_path):
+    model, path = small_model(), tmp_path / "new folder" / "ü.pth"
+    model.calibration, model.facts = (1.25, -0.5), dict(epoch=3, data="ü.csv")
+    crnn.save_checkpoint(path, model)
+    reads, learns = load_checkpoint(path), load_checkpoint(path, learn=True)
+    batch = crnn.pad_batch(lines("Round trip"))
+    assert torch.equal(model(*batch)[0], learns.eval()(*batch)[0])
+    assert torch.equal(crnn.folded(model)(*batch)[0], reads(*batch)[0])
+    assert not reads.training
+    assert reads.charset.characters == CHARSET
+    assert reads.calibration == (1.25, -0.5)
+    assert reads.facts == dict(epoch=3, data="ü.csv")
+    assert list(path.parent.iterdir()) == [path]  # no temporary file left
 
 
 def test_half_precision_halves_the_file(tmp_path):
-    model, charset = small_model(Charset(CHARSET)), Charset(CHARSET)
-    save_checkpoint(tmp_path / "full.pth", model, charset)
-    save_checkpoint(tmp_path / "half.pth", model, charset, "float16")
-    assert (tmp_path / "half.pth").stat().st_size < 0.65 * (tmp_path / "full.pth").stat().st_size
-    again = load_checkpoint(tmp_path / "half.pth")[0]
-    assert all(a.dtype == b.dtype and torch.allclose(a, b, rtol=1e-3, atol=1e-6)
-               for a, b in zip(model.state_dict().values(), again.state_dict().values()))
+    full, half = tmp_path / "full.pth", tmp_path / "half.pth"
+    crnn.save_checkpoint(full, small_model())
+    crnn.save_checkpoint(half, small_model().half())
+    assert half.stat().st_size < 0.65 * full.stat().st_size
+    again = load_checkpoint(half, learn=True).state_dict()  # in float32 again
+    torch.testing.assert_close(again, small_model().state_dict(), rtol=1e-3, atol=1e-6)
 
 
-class Malicious:
-    def __init__(self, path):
-        self.path = path
-
+class Malicious:  # it makes a folder where it is unpickled
     def __reduce__(self):
-        return os.mkdir, (str(self.path),)
+        return os.mkdir, ("trap",)
 
 
-@pytest.mark.parametrize("kind", ["missing", "pickle", "torch pickle", "text", "empty", "other dict", "other network"])
-def test_foreign_checkpoints_are_refused(tmp_path, kind):
-    path, trap = tmp_path / "model.pth", tmp_path / "trap"
-    if kind == "pickle":
-        path.write_bytes(pickle.dumps(Malicious(trap)))
-    elif kind == "torch pickle":
-        torch.save(dict(format=1, charset=Malicious(trap)), path)
-    elif kind == "other dict":
-        torch.save(dict(state_dict={}), path)
-    elif kind == "other network":
-        torch.save(dict(format=1, charset="abc", architecture=dict(num_classes=9), weights={}, facts={}), path)
-    elif kind != "missing":
-        path.write_bytes(b"" if kind == "empty" else b"hello there")
-    with pytest.raises(ValueError, match="train_crnn.py") as error:
-        load_checkpoint(path)
-    assert str(path) in str(error.value) and "\n" not in str(error.value)
-    assert not trap.exists()
+AWKWARD = ["NA", "null", "None", "nan", "007", "1e5", '"', ",", "'", '""', "a,b", " a", "#", "-"]
+AWKWARD += ["=1+1", "\\", "True", "≤", "1.0"]
+HALF = (ROOT / "tests" / "foreign" / "0000.png").read_bytes()[:300]
+WIDE = b"P5 9000 2 255 " + b"\xff" * 18_000
+OTHER = dict(format=crnn.CHECKPOINT_FORMAT, charset="abc", architecture=dict(hidden=9), weights={})
+UNUSABLE = {  # what reads it, its content, and what the error is to say
+    "missing image": (load_image, None, "no such file"),
+    "empty image": (load_image, b"", "not an image"),
+    "text as an image": (load_image, b"this is text", "not an image"),
+    "half an image": (load_image, HALF, "cannot be read"),
+    "wide image": (load_image, WIDE, "too wide"),
+    "missing checkpoint": (load_checkpoint, None, "train_crnn.py"),
+    "empty checkpoint": (load_checkpoint, b"", "train_crnn.py"),
+    "text as a checkpoint": (load_checkpoint, b"hello there", "train_crnn.py"),
+    "pickle": (load_checkpoint, pickle.dumps(Malicious()), "train_crnn.py"),
+    "torch pickle": (load_checkpoint, OTHER | {"charset": Malicious()}, "train_crnn.py"),
+    "other dict": (load_checkpoint, {"state_dict": {}}, "train_crnn.py"),
+    "other network": (load_checkpoint, OTHER, "train_crnn.py"),
+    "other format": (load_checkpoint, OTHER | {"format": 1}, "format 1.*train_crnn.py"),
+    "missing csv": (read_labels, None, "prepare_ocr_dataset.py first"),
+    "empty csv": (read_labels, b"", "cannot be read"),
+    "csv without rows": (read_labels, b"image_path,label\n", "no rows"),
+    "csv without labels": (read_labels, b"image_path,text\na,b\n", "no column label"),
+    "malformed csv": (read_labels, b'image_path,label\na,b,c,d\n1,2\n"', "cannot be read"),
+    "not UTF-8": (read_labels, b"image_path,label\na.png,\xff\xfe\n", "cannot be read"),
+}
+
+
+@pytest.mark.parametrize("name", UNUSABLE)
+def test_an_unusable_file_is_named_in_one_line(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    (read, content, complaint), path = UNUSABLE[name], tmp_path / "täst 1"
+    if isinstance(content, dict):
+        torch.save(content, path)
+    elif content is not None:
+        path.write_bytes(content)
+    with pytest.raises(InputError, match=complaint) as error:
+        read(path)
+    assert str(path) in str(error.value)
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "trap").exists()
+    if read is load_image:
+        assert crnn.try_load(path) == (None, str(error.value))
 
 
 def test_a_failed_write_leaves_the_former_file(tmp_path):
     path = tmp_path / "a.txt"
     path.write_text("former")
-    with pytest.raises(OSError), whole_file(path) as temporary:
+    with pytest.raises(OSError, match="disk full"), crnn.whole_file(path) as temporary:
         temporary.write_text("half")
         raise OSError("disk full")
-    assert path.read_text() == "former" and list(tmp_path.iterdir()) == [path]
-
-
-AWKWARD = ["NA", "null", "None", "nan", "007", "1e5", '"', ",", "'", '""', "a,b", " a", "#", "-", "=1+1", "\\", "True", "≤", "1.0"]
+    assert path.read_text() == "former"
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_awkward_labels_survive(tmp_path):
-    rows = pd.DataFrame(dict(image_path=[f"{i}.png" for i in range(len(AWKWARD))], label=AWKWARD, source="x", split="train"))
+    rows = pd.DataFrame(dict(image_path="a.png", label=AWKWARD, source="x", split="train"))
     write_labels(rows, tmp_path / "data.csv")
     assert read_labels(tmp_path / "data.csv").to_dict("list") == rows.to_dict("list")
 
 
-@pytest.mark.parametrize("text, complaint", [
-    (None, "prepare_ocr_dataset.py first"), ("", "cannot be read"), ("image_path,label\n", "no rows"), ("image_path,text\na,b\n", "no column label"),
-    ("image_path,label\na,b,c,d\n1,2\n\"", "cannot be read"), (b"image_path,label\na.png,\xff\xfe\n", "cannot be read")])
-def test_unusable_csv(tmp_path, text, complaint):
-    path = tmp_path / "data.csv"
-    if text is not None:
-        path.write_bytes(text if isinstance(text, bytes) else text.encode())
-    with pytest.raises(ValueError, match=complaint) as error:
-        read_labels(path)
-    assert str(path) in str(error.value) and "\n" not in str(error.value)
-
-
-def test_split_by_hash():
-    rows = add_split(pd.DataFrame(dict(image_path=[f"{i}.png" for i in range(4000)], label=[f"word{i % 500}" for i in range(4000)])))
+def test_a_label_is_in_one_split_only_and_a_character_in_all():
+    paths = [f"{i}.png" for i in range(4000)]
+    labels = [f"word{i % 500}" for i in range(4000)]
+    rows = crnn.add_split(pd.DataFrame(dict(image_path=paths, label=labels)))
     assert (rows.source == "custom").all()
-    assert rows.groupby("label").split.nunique().max() == 1  # a label is in one split only
-    assert rows.split.value_counts(normalize=True)["train"] == pytest.approx(0.8, abs=0.06)
-    singles = add_split(pd.DataFrame(dict(image_path=[f"{i}.png" for i in range(400)], label=["a", "b"] * 200)))
-    assert singles.groupby("label").split.nunique().min() == 3  # single characters are in all
+    assert rows.groupby("label").split.nunique().max() == 1
+    assert (rows.split == "train").mean() == pytest.approx(0.8, abs=0.06)
+    single = crnn.add_split(pd.DataFrame(dict(image_path=paths[:400], label=["a", "b"] * 200)))
+    assert single.groupby("label").split.nunique().min() == 3
 
 
-# ---- scores
-
+# ---- scores and contact sheets
 def test_scores_add_up_before_they_divide():
-    table = score_table(["O", "b", "abcdefgh", "l"], ["0", "b", "abXdefg", "I"], ["one", "one", "two", "one"])
-    assert table.loc["one", "exact"] == pytest.approx(1 / 3) and table.loc["one", "folded"] == 1
-    assert table.loc["two", "CER"] == pytest.approx(2 / 8) and math.isnan(table.loc["two", "folded"])
-    assert table.loc["all", "images"] == 4 and table.loc["all", "CER"] == pytest.approx(4 / 11)
+    rows = [("O", "0", "one"), ("b", "b", "one"), ("abcdefgh", "abXdefg", "two"), ("l", "I", "one")]
+    table = crnn.score_table(pd.DataFrame(rows, columns=["label", "prediction", "source"]))
+    assert table.loc["one", "exact"] == pytest.approx(1 / 3)
+    assert table.loc["one", "folded"] == 1
+    assert table.loc["two", "CER"] == pytest.approx(2 / 8)
+    assert np.isnan(table.loc["two", "folded"])
+    assert table.loc["all", "images"] == 4
+    assert table.loc["all", "CER"] == pytest.approx(4 / 11)
 
 
-def test_look_alikes():
-    assert fold_lookalikes("0Oo") == "000" and fold_lookalikes("1Il|") == "1111"
-    assert fold_lookalikes("CKMPSUVWXYZJ") == "ckmpsuvwxyzj" and fold_lookalikes("ABab") == "ABab"
+def test_look_alikes_count_as_one():
+    assert crnn.fold_lookalikes("0Oo") == "000"
+    assert crnn.fold_lookalikes("1Il|") == "1111"
+    assert crnn.fold_lookalikes("CKMPSUVWXYZJ") == "ckmpsuvwxyzj"
+    assert crnn.fold_lookalikes("ABab") == "ABab"
+
+
+def test_a_contact_sheet_shows_images_and_captions(tmp_path):
+    image, path = Image.new("L", (30, 20), 0), tmp_path / "new folder" / "sheet.png"
+    image.save(tmp_path / "image.png")
+    caption = [("label", "#c00000")]
+    cells = [(image, []), (None, caption), (tmp_path / "image.png", caption)]
+    crnn.contact_sheet(path, cells, columns=2)
+    pixels = np.asarray(Image.open(path)).astype(int)  # (H, W, 3), two rows of 80 pixels
+    assert pixels.shape == (160, 460, 3)
+    black, red = (pixels == 0).all(2), (pixels == (192, 0, 0)).all(2)  # both (H, W)
+    assert black[:80, :230].sum() > 1000  # the image, as large as its place allows
+    assert black[80:, :230].sum() > 1000  # and by its path
+    assert red[:80, 230:].any()  # a caption without an image
+    assert red[80:, :230].any()  # and below one
+    assert (pixels[80:, 230:] == 255).all()  # no cell, no ink
+    crnn.contact_sheet(path, [], columns=2)
+    assert np.array_equal(np.asarray(Image.open(path)), np.full((80, 460, 3), 255))
