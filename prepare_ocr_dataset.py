@@ -1,688 +1,714 @@
-"""Draw the training data: pictures of short texts under datasets/, and datasets/data.csv with their labels.
+"""Draw the training data: images of short texts under datasets/, and datasets/data.csv.
 
     python prepare_ocr_dataset.py
-    torchrun --nnodes=10 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 prepare_ocr_dataset.py     on ten machines that share the folder
 
-Six sources, each a folder: trdg_custom (printed text through TRDG), synthetic_math (expressions), emnist_images (single
-handwritten characters), emnist_words (strings composed of them), emnist_math (expressions, likewise), handwriting (text in
-handwriting fonts). A seventh, custom, is what you put into datasets/custom/ beside a labels.csv with image_path,label.
-The constants below are yours to edit. The same constants draw the same files, byte for byte, whatever the number of workers
-and machines. Run again, the script draws only what is not there yet, or what other constants have drawn.
+An image is a pure function of the constants, its source and its index. So nothing has to be kept
+safe: whatever is missing, or was drawn with other constants, is drawn again, by any worker of any
+machine, to the same bytes. A seventh source, custom, is what you put into datasets/custom/ beside
+a labels.csv with image_path,label.
 """
+
+import ast
 import contextlib
+import csv
 import hashlib
-import heapq
-import json
-import multiprocessing
+import math
 import os
 import random
 import re
-import shutil
+import socket
 import string
-import sys
-import threading
 import time
-import urllib.request
 import zlib
-from collections import Counter
+from collections import Counter, namedtuple
 from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from functools import cache, lru_cache, partial
-from itertools import groupby, islice
+from importlib.metadata import version
+from itertools import groupby
 from pathlib import Path
+from random import choice, gauss, randint, uniform
 from types import SimpleNamespace
-from typing import Callable, NamedTuple
 
+import cv2
 import numpy as np
-from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont, ImageOps
+import pandas as pd
+from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
-# ---------------------------------------------------------------------------------------------------------------------
-# How many pictures of each source; 0 leaves it out. One in 20 is kept for validation and one for the test.
-NUM_TRDG = 38_000  # printed text
-NUM_MATH = 12_000  # printed expressions
-NUM_EMNIST = 40_000  # single handwritten characters, as many as the EMNIST files hold at most
-NUM_EMNIST_WORDS = 24_000  # strings composed of EMNIST characters
-NUM_EMNIST_MATH = 6_000  # expressions composed of EMNIST characters and drawn operators
-NUM_HANDWRITING = 28_000  # text in handwriting fonts
+import crnn
+from crnn import InputError, frames_needed, load_image, num_frames, rank, read_labels, whole_file
+
+# --------------------------------------------------------------------------------------------------
+# How many images of each source; 0 leaves it out. One in 20 is for validation, one for the test.
+NUM_IMAGES = {
+    "trdg_custom": 38_000,  # printed text, set by TRDG
+    "synthetic_math": 12_000,  # printed expressions
+    "emnist_images": 40_000,  # single handwritten characters as EMNIST has them, none twice
+    "emnist_words": 24_000,  # strings composed of EMNIST characters
+    "emnist_math": 6_000,  # expressions composed of EMNIST characters and drawn signs
+    "handwriting": 28_000,  # text in handwriting fonts
+}
 
 # What may be drawn
-CHARSET = ("".join(chr(i) for i in range(32, 127))  # printable ASCII, the space included
-           + "×÷±√π≤≥≠")
+CHARSET = "".join(map(chr, range(32, 127))) + "×÷±√π≤≥≠"  # printable ASCII with the space, signs
 MAX_LENGTH = 28  # characters in a label
-STYLED = 0.6  # share of the pictures drawn in one of the STYLES below, as forms, receipts or photographs are; the others: plain
-WARPED = 0.75  # share of the training pictures by hand whose writing is warped, as if by more hands than there are fonts
-HELD_OUT_FONTS = 0.1  # share of the font families that only validation and test rows are drawn in
+STYLED = 0.6  # share of images in a style such as form or photograph; the others are plain
+WARPED = 0.75  # share of handwritten training images that are warped (a hand of its own each)
+HELD_OUT_FONTS = 0.1  # share of font families that only validation and test rows are drawn in
 
 # Where
-FONTS_DIR = "myFonts"  # fonts: its folder handwriting/ by hand, all else in print; TRDG's own are added
-DATASETS_DIR = "datasets"  # pictures, data.csv and preview.png go here; EMNIST files are looked for in its folder emnist/
+FONTS_DIR = "myFonts"  # its folder handwriting/ by hand, all else printed; TRDG's own are added
+DATASETS_DIR = "datasets"  # for images, data.csv and preview.png; EMNIST files are in its emnist/
 
 # How
-SEED = 0  # another seed draws other pictures
+SEED = 0  # another seed draws other images
 NUM_WORKERS = min(os.cpu_count() or 1, 61)  # processes that draw; Windows takes 61 at most
-START_METHOD = None  # of these processes: "fork", "spawn", "forkserver", or None for the platform's own
-EMNIST_PROBE_SECONDS = 20  # how long to look for the EMNIST server before going on without
-# ---------------------------------------------------------------------------------------------------------------------
+DOWNLOAD_TIMEOUT = 20  # seconds without a word from the EMNIST server before going on without
+# --------------------------------------------------------------------------------------------------
 
-ALPHANUMERIC = string.digits + string.ascii_uppercase + string.ascii_lowercase  # EMNIST ByClass, in the order of its labels
-PRINTED, HAND = "printed", "handwriting"
-TRDG_BY_HAND = {"Pacifico.ttf", "Amatic-Bold.ttf", "AmaticSC-Regular.ttf", "FFF_Tusj.ttf"}  # of its fonts, those that imitate a hand
-LOOK_ALIKES = {"O0": 0.5, "Il": 0.72, "I|": 0.72, "l|": 0.72, "1l": 0.72, "1I": 0.72}  # and the overlap from which they are alike
-DRAWN_ONLY = {"dseg7": "0123456789-.: "}  # fonts that draw other characters as nobody would read them
-LENT = "×÷±√π≤≥≠"  # characters that a font in print which lacks them borrows from another
-LOAN = "|"  # stands between a font file, the one it borrows from, and what it borrows; no path on Windows holds it
-TRDG_MISSING = "trdg is not installed: run pip install --no-deps trdg==1.8.0"
-FONTS = ()  # every usable Font; filled by main and, in each worker, by start_worker
+# What shapes an image: the constants above, put together by main and handed to the workers
+SHAPING = "seed charset max_length styled warped held_out_fonts fonts_dir datasets_dir"
+Settings = namedtuple("Settings", SHAPING)
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Splits. Every sample's split follows from its index, every word's from its letters, every font's from its family.
+PRINTED, HANDWRITTEN, EMNIST = "printed fonts", "handwritten fonts", "EMNIST"  # to draw with
+TRIES = 200  # texts tried for one sample
+CHUNK = 200  # samples that a worker draws at a time
+COLUMNS = ["image_path", "label", "source", "split", "style"]  # of data.csv
 
-CYCLE = 20  # of this many samples, or shares of the words, one is for validation and one for the test
+# --------------------------------------------------------------------------------------------------
+# Splits: every sample's follows from its index, every word's from its letters, every font's from
+# its family.
+
+CYCLE = 20  # of this many samples, or shares of the words, one is for validation and one for test
 
 
-def split_and_rank(index):
-    """The split of a sample, and how many samples of that split have lower indices."""
-    turn, place = divmod(index, CYCLE)
-    if place in (1, 2):
-        return ("val", "test")[place - 1], turn
-    return "train", turn * (CYCLE - 2) + max(0, place - 2)
+def split_of(index):
+    """The split of a sample."""
+    return {1: "val", 2: "test"}.get(index % CYCLE, "train")
 
 
 def word_split(word):
-    """Words are told apart without regard to case, so that no val or test word is trained on in another spelling."""
+    """By a hash of its letters in lower case: no test word is trained on in another spelling."""
     return {0: "val", 1: "test"}.get(zlib.crc32(word.lower().encode()) % CYCLE, "train")
 
 
 @cache
 def dictionary():
-    """The words of TRDG's English dictionary by split: letters, apostrophes and hyphens, at most 12 characters."""
+    """The words of TRDG's English dictionary by split."""
     import trdg
-    found = {"train": [], "val": [], "test": []}
-    for word in (Path(trdg.__file__).parent / "dicts" / "en.txt").read_text(encoding="utf-8").split():
-        if re.fullmatch(r"[A-Za-z][A-Za-z'-]{1,11}", word):
-            found[word_split(word)].append(word)
-    return found
+
+    words = {"train": [], "val": [], "test": []}
+    text = (Path(trdg.__file__).parent / "dicts" / "en.txt").read_text(encoding="utf-8")
+    for word in filter(re.compile(r"[A-Za-z][A-Za-z'-]{1,11}").fullmatch, text.split()):
+        words[word_split(word)].append(word)
+    return words
 
 
-def words(split):
-    """The words that belong to a split."""
-    return dictionary()[split]
+# --------------------------------------------------------------------------------------------------
+# Texts: a grammar. Alternatives are two spaces apart; {name} is another entry or a terminal, 0 a
+# random digit, · a gap, the same all over a text: a space or nothing. First what stands on paper.
+
+GRAMMAR = {
+    "words": "{word}  {word}  {word}  {word} {word}  {word} {word}  {word} {word} {word}",
+    "made_up": "{invented}  {invented}  {invented}  {invented} {invented}",
+    "name": "{A}. {Word}  {A}. {Word}  {A}. {A}. {Word}  {Word} {Word}  {Word}, {A}.  {A}.{A}.  "
+    "{Word} {A}. {Word}  Mr. {Word}  Mrs. {Word}  Dr. {Word}  {Word}-{Word}  O'{Word}",
+    "item": "{n} x {Word}  {n} x {Word}  {n} x {word}  {n}x {Word}  {Word} x{n}  {n} {Word}  "
+    "{Word} {n}  {Word}: {n}  {Word} {price}  {Word} ${price}  {Word} (${price})  {n}. {Word}  "
+    "{Word}: ${price}  {n} x {price}  {Word} no. {n}  {word} {word} {price}",
+    "punctuated": '{word}.  {word},  {word}!  {word}?  {word}:  {word};  ({word})  "{word}"  '
+    "'{word}'  [{word}]  {{word}}  <{word}>  {word}'s  {word}...  {word}, {word}  {word}. {Word}  "
+    "{word}: {n}  {word}; {word}  {word}-{word}  {word}/{word}  {word} & {word}  {word} - {word}  "
+    "{word} ({n})  {word} #{n}  {word}@{word}.com  www.{word}.org  @{word}  #{word}  "
+    "{word}_{word}  {word} = {n}  {word}+{word}  {n}% {word}  ~{n}  {word}*  * {word}  "
+    "{word} | {word}  \\{word}  `{word}`  ${n}.{n}  {n}^{n}  C:\\{word}  {word}({n})  {Word} {n}  "
+    "{n}. {Word}  {Word}, {Word}  {word}?!  Mr. {Word}  {n} {word}  {word}={word}  {word}[{n}]  "
+    '!{word}  {word}%  {word}>{n}  {word}<{n}  {n}:{n}  {word}|{n}  ~{word}  "{Word}"',
+    "number": "{n}  0000  {digits}  {digits}  {n},000  00,000,000  {n}.{n}  +{n}.0  -{n}.00  "
+    "{d}e{n}  {d}e-{d}  ${price}  {price}  00,00-  ${n},000.00  {n}%  00.0 %  {date}  {date}  "
+    "{date}  {date}  {date}  {time}  {time}  {time}  (000) 000-0000  +00 000 000 0000  000-0000  "
+    "#{n}  #000{n}  {n} 000  000 000 {n}  00 00 00  0000 0000 0000  No. {n}  {n}/{n}  {n}x{n}  "
+    "{n} kg",
+    "code": "{group}  {group}{dash}{group}  {group}{dash}{group}{dash}{group}  {group} {group}",
+    "math": "{sum}  {sum}  {sum}  {sum}  {sum}  {sum}  {sum}  {sum}  ({sum})  [{sum}]  {{sum}}",
+    "sum": "{side}·{relation}·{term}  {side}·{relation}·{side}  {side}  {side}·{relation}·{term}",
+    "n": "{d}  {d}0  {d}00  0  00  000",
+    "d": "1  2  3  4  5  6  7  8  9",
+    "price": "{n}.00",
+    "date": "{day}/{month}/{year}  {day}.{month}.{year}  {year}-{month}-{day}  {d} {Month} {year}  "
+    "{day} {Month} {year}  {Month} {day}, {year}  {month}/{day}/00",
+    "day": "{zero}{d}  1{d}  2{d}  31",
+    "month": "{zero}{d}  {zero}{d}  {zero}{d}  11  12",
+    "Month": "Jan  Feb  Mar  Apr  May  Jun  Jul  Aug  Sep  Oct  Nov  Dec",
+    "year": "1900  1900  2{zero}{zero}0  2{zero}10  2{zero}20  2{zero}30",
+    "time": "{hour}:{minute}  {d}:{minute} am  {d}:{minute} PM  {hour}:{minute}:{minute}",
+    "hour": "{zero}0  10  10  2{zero}  21  22  23",
+    "minute": "{zero}0  10  20  30  40  50",
+    "dash": "-  -  -    /  .  _  :",
+    "side": "{term}  {term}·{op}·{term}  {term}·{op}·{term}  {term}·{op}·{term}·{op}·{term}",
+    "term": "{num}  {num}  {num}  {v}  {n}{v}  {v}^{d}  √{n}  √{v}  {d}π  π  ({v}·+·{num})  "
+    "({v}·-·{num})  -{num}  {num}/{num}  ±{num}  {num}%",
+    "num": "{d}  0  {d}0  {d}00  {d}0.00  0.00  00.0",
+    "v": "x  y  z  a  b  c  n  k  t  m  p  q",
+    "op": "+  +  -  -  ×  ÷  ±  *  /",
+    "relation": "=  =  =  =  <  >  ≤  ≥  ≠",
+}
+GRAMMAR = {name: alternatives.split("  ") for name, alternatives in GRAMMAR.items()}
+UPPER, LOWER, DIGITS = string.ascii_uppercase, string.ascii_lowercase, string.digits
+ALPHANUMERIC = DIGITS + UPPER + LOWER  # in the order of EMNIST's labels
+GROUPS = [UPPER] * 4 + [DIGITS] * 4 + [UPPER + DIGITS] * 3 + [LOWER + DIGITS]
+SINGLES = [UPPER + LOWER] * 6 + [DIGITS] * 2 + [string.punctuation] * 3
+ALIKE = "O0Q Il1| 1lI7 S5s Z2z B8 G6C q9g uvUV cCeo 5S8B6G ., :;i -~= ({[ )}] kKxX wWvV mnrnh"
+TERMINALS = {
+    "A": lambda words: choice(UPPER),
+    "zero": lambda words: "0",
+    "digits": lambda words: random_string(DIGITS, 4, 12),
+    "word": lambda words: cased(choice(words)),
+    "Word": lambda words: choice(words).capitalize(),
+    "invented": lambda words: cased(invented(words)),
+    "doubled": lambda words: cased(max(random.choices(words, k=12), key=confusing_pairs)),
+    "letters": lambda words: re.sub("[^A-Za-z]", "", cased(choice(words))),
+    "group": lambda words: random_string(choice(GROUPS), 1, 5),
+    "mixed": lambda words: random_string(ALPHANUMERIC, 2, 7),
+    "string": lambda words: random_string(ALPHANUMERIC + string.punctuation, 1, 12),
+    "single": lambda words: choice(choice(SINGLES)),
+    "look_alikes": lambda words: random_string(choice([*ALIKE.split(), DIGITS]), 2, 6),
+}
+MIXES = {  # of the kinds of text, with their weights
+    "printed": dict(words=28, made_up=8, doubled=5, name=6, item=6, punctuated=12, number=14)
+    | dict(code=8, string=7, single=8, look_alikes=3),
+    "by hand": dict(words=33, made_up=6, doubled=4, name=6, item=4, punctuated=10, number=13)
+    | dict(math=12, code=5, string=4, single=7),
+    "emnist": dict(letters=42, number=22, mixed=12, code=12, words=7, name=5),
+    "math": dict(math=1),
+    "fields": dict(code=4, number=4, words=3, letters=2, single=4),
+    "receipt": dict(number=8, item=5, words=3, code=3, punctuated=2),
+    "label": dict(code=6, number=3, words=5, punctuated=1, single=1),
+    "stamp": dict(code=6, number=3, words=1, letters=1),
+}
+STANDING_ALONE = {"code", "string", "mixed", "single", "look_alikes"}  # no word tells O from 0
+# Nobody can count joined underscores, or tell two apostrophes from a quotation mark.
+RUN_TOGETHER = re.compile(r"__|['\"`]{2}")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Fonts
-
-class Font(NamedTuple):
-    path: str
-    kind: str  # PRINTED or HAND
-    family: str
-    characters: frozenset  # of CHARSET, those that the font draws, and draws unlike all others
-    doubtful: frozenset  # of these, those that only the rest of a word tells from a look-alike
-    held_out: bool  # only for validation and test rows
-    loan: str = ""  # another font file and the characters that are borrowed from it, as typeface takes them
-
-    @property
-    def face(self):
-        """What typeface, and so TRDG, knows the font by."""
-        return self.path + self.loan
+def expand(name, split):
+    """A random text of the grammar, its words those of a split."""
+    if name in TERMINALS:
+        return TERMINALS[name](dictionary()[split])
+    template = choice(GRAMMAR[name])
+    return re.sub(r"{(\w+)}|0", lambda m: expand(m[1], split) if m[1] else choice(DIGITS), template)
 
 
-def find_fonts():
-    """Look at every font file of FONTS_DIR and of TRDG. Returns the usable Fonts and a list of lines about the others."""
+def pick_text(mix, split):
+    """A text of a mix of kinds, and whether it stands alone, with no word around its characters."""
+    kind = random.choices(list(mix), list(mix.values()))[0]
+    return expand(kind, split).replace("·", choice(["", "", " "])), kind in STANDING_ALONE
+
+
+def acceptable(label, settings):
+    """Whether a label can be asked of a reader: known before anything is drawn."""
+    fits = 0 < len(label) <= settings.max_length and label == label.strip()
+    return fits and set(label) <= set(settings.charset) and not RUN_TOGETHER.search(label)
+
+
+def random_string(characters, shortest, longest):
+    return "".join(random.choices(characters, k=randint(shortest, longest)))
+
+
+def cased(word):
+    return random.choices([word.lower(), word.capitalize(), word.upper()], [53, 27, 20])[0]
+
+
+def confusing_pairs(word):
+    """How many letters of a word are doubled or run into another: rn as m, cl as d, vv as w."""
+    return len(re.findall(r"(.)\1|rn|cl|vv|nn|ii|li|il|ri|m|w", word.lower()))
+
+
+def invented(words):
+    """The halves of two words, of the split of these, as most names are to a new reader."""
+    split = word_split(words[0])
+    while True:
+        a, b = (word.lower() for word in random.choices(words, k=2))
+        word = a[: len(a) // 2 + 1] + b[len(b) // 2 :]
+        if len(word) < 14 and word_split(word) == split:
+            return word
+
+
+# --------------------------------------------------------------------------------------------------
+# Fonts. A font is only asked for what it draws, and draws unlike everything else.
+
+TRDG_BY_HAND = {"Pacifico.ttf", "Amatic-Bold.ttf", "AmaticSC-Regular.ttf", "FFF_Tusj.ttf"}
+DRAWN_ONLY = {"dseg7": "0123456789-.: "}  # family: others are drawn as nobody would read them
+BORROWED = "×÷±√π≤≥≠"  # what a printed font that lacks it borrows from another, as browsers do
+# Pairs that many fonts draw alike, and the overlap from which nobody tells them apart
+OVERLAP = {"O0": 0.5, "Il": 0.72, "I|": 0.72, "l|": 0.72, "1l": 0.72, "1I": 0.72}
+
+
+# A font file and what it may be asked for: characters that it draws, and draws unlike all others;
+# of these, doubtful ones that only the rest of a word tells from a look-alike. held_out: only for
+# validation and test rows; size in pixels, of a line; borrowed characters come from the lender.
+FIELDS = "path kind family characters doubtful held_out size lender borrowed"
+Font = namedtuple("Font", FIELDS, defaults=[False, 0, "", ""])
+
+
+@lru_cache(maxsize=4096)
+def typeface(path, size):
+    """A font file at a size in pixels; in the basic layout, since every text is shaped twice."""
+    return ImageFont.truetype(path, size, layout_engine=ImageFont.Layout.BASIC)
+
+
+@cache
+def find_fonts(settings):
+    """The usable Fonts of FONTS_DIR and of TRDG, and lines about the others."""
     import trdg
-    trdgs_own = Path(trdg.__file__).parent / "fonts" / "latin"
+
+    folders = Path(settings.fonts_dir), Path(trdg.__file__).parent / "fonts" / "latin"
     fonts, notes = [], []
-    for folder in (Path(FONTS_DIR), trdgs_own):
-        paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in (".ttf", ".otf", ".woff", ".woff2"))
-        if not paths:
-            notes.append(f"{folder} holds no font files: put some there, or bring ours back with git checkout myFonts")
-        for path in paths:
-            kind = HAND if path.parent.name == "handwriting" or path.name in TRDG_BY_HAND else PRINTED
-            try:
-                family, characters, doubtful = survey_font(str(path), CHARSET)
-            except OSError as error:
-                notes.append(f"{path} is left out: it cannot be read as a font ({error})")
-                continue
-            if trdgs_own in path.parents and not characters & set(string.ascii_lowercase):
-                continue  # BEBAS and the like, which draw capitals for it
-            characters &= frozenset(DRAWN_ONLY.get(family, CHARSET))
-            if len(characters) < 26 and family not in DRAWN_ONLY:
-                notes.append(f"{path} is left out: it draws only {len(characters)} characters of the charset")
-                continue
-            fonts.append(Font(str(path), kind, family, characters, doubtful, False))
-    return lend_signs(hold_out_families(fonts)), notes
+    for path in [path for folder in folders for path in sorted(folder.rglob("*.[twoTWO]*"))]:
+        if path.suffix.lower() not in (".ttf", ".otf", ".woff", ".woff2"):
+            continue
+        by_hand = path.parent.name == "handwriting" or path.name in TRDG_BY_HAND
+        try:
+            font = survey_font(str(path), HANDWRITTEN if by_hand else PRINTED, settings.charset)
+        except OSError as error:
+            notes.append(f"{path} is left out: it cannot be read as a font ({error})")
+            continue
+        if folders[1] in path.parents and not font.characters & set(LOWER):
+            continue  # BEBAS and the like, which draw capitals for small letters
+        if len(font.characters) >= 26 or font.family in DRAWN_ONLY:
+            fonts.append(font)
+        else:
+            notes.append(f"{path} is left out: it draws too few characters of the charset")
+    held_out = {k: held_out_families(fonts, k, settings.held_out_fonts) for k in STYLES}
+    fonts = [font._replace(held_out=font.family in held_out[font.kind]) for font in fonts]
+    return tuple(with_loan(font, fonts) for font in fonts), tuple(notes)
 
 
-def lend_signs(fonts):
-    """Give the fonts in print that lack signs of LENT those of another, as browsers and word processors do, since few have √ or ≤.
-
-    Held-out fonts lend to held-out ones only. A hash gives the family that lends, and of its fonts it is the one most alike in boldness.
-    """
-    lending = {True: {}, False: {}}  # held out or not -> family -> its fonts that have all signs
-    for font in sorted(fonts, key=lambda font: Path(font.path).name):
-        if font.kind == PRINTED and set(LENT) <= font.characters:
-            lending[font.held_out].setdefault(font.family, []).append(font)
-    with_loans = []
-    for font in fonts:
-        lacking = "".join(c for c in LENT if c in CHARSET and c not in font.characters)
-        families = list(lending[font.held_out].values())
-        if lacking and families and font.kind == PRINTED and font.family not in DRAWN_ONLY:
-            family = families[zlib.crc32(Path(font.path).name.encode()) % len(families)]
-            lender = min(family, key=lambda lender: abs(boldness(lender.path) - boldness(font.path)))
-            font = font._replace(characters=font.characters | set(lacking), loan=f"{LOAN}{lender.path}{LOAN}{lacking}")
-        with_loans.append(font)
-    return with_loans
-
-
-@cache
-def boldness(path):
-    """How thick a font's strokes are, in pixels at a size of 40, by its plus sign; 0 where it has none."""
-    mask = ImageFont.truetype(path, 40, layout_engine=ImageFont.Layout.BASIC).getmask("+")
-    return sum(bytes(mask)) / 255 / max(1, sum(mask.size))
-
-
-@cache
-def survey_font(path, charset):
-    """The family of a font, by the first word of its name, and the characters whose label a picture in it can bear.
-
-    Left out are characters that it draws as its box for the unknown, as nothing, as the same shape as another character
-    (as many draw I and l), partly above its own line, and the lower case of fonts that draw small capitals for it.
-    """
-    font = ImageFont.truetype(path, 40, layout_engine=ImageFont.Layout.BASIC)
+def survey_font(path, kind, charset):
+    """A Font with the characters whose label an image in it can bear."""
+    face = typeface(path, 40)
+    family = face.getname()[0].split()[0].lower()
 
     def glyph(character):
-        mask, offset = font.getmask2(character, mode="L")
+        mask, offset = face.getmask2(character, mode="L")
         return mask.size, bytes(mask), offset
 
-    unknown = {glyph(c)[:2] for c in ("\uffff", "\ue0ff", "\U0010fffd")}  # code points that no font assigns
+    # Not those drawn as nothing, as the font's box for the unknown, or partly above its line.
+    unknown = {glyph(c)[:2] for c in ("\uffff", "\ue0ff", "\U0010fffd")}  # no font assigns these
     shapes = {}
     for c in charset:
         size, pixels, offset = glyph(c)
         if c == " " or (any(pixels) and (size, pixels) not in unknown and offset[1] >= -1):
             shapes.setdefault((size, pixels, offset), []).append(c)
-    characters = {same[0] for same in shapes.values() if len({c.lower() for c in same}) == 1}  # A comes before a
-    bottom = {c: font.getbbox(c, anchor="ls")[3] for c in "npgy"}  # below the baseline, in pixels
-    if max(bottom["p"], bottom["g"], bottom["y"]) - bottom["n"] < 3:  # 3 of 40: none of them has a descender
-        characters -= set(string.ascii_lowercase)
-    if sum(glyph("≠")[1]) < sum(glyph("=")[1]):
-        characters -= {"≠"}  # Lato's italics draw a mere stroke
-    pairs = [pair for pair, limit in LOOK_ALIKES.items() if set(pair) <= characters and overlap(font, *pair) > limit]
-    return font.getname()[0].split()[0].lower(), frozenset(characters), frozenset("".join(pairs))
+    # Of those of one shape, capitals for small letters; no others, such as I and l.
+    characters = {same[0] for same in shapes.values() if len({c.lower() for c in same}) == 1}
+    bottom = {c: face.getbbox(c, anchor="ls")[3] for c in "npgy"}  # below the baseline, in pixels
+    if max(bottom["p"], bottom["g"], bottom["y"]) - bottom["n"] < 3:  # no descender: capitals
+        characters -= set(LOWER)
+    if sum(glyph("≠")[1]) < sum(glyph("=")[1]):  # Lato's italics draw a mere stroke
+        characters -= {"≠"}
+    characters &= set(DRAWN_ONLY.get(family, charset))
+    pairs = [pair for pair in OVERLAP if set(pair) <= characters]
+    doubtful = "".join(pair for pair in pairs if overlap(face, *pair) > OVERLAP[pair])
+    return Font(path, kind, family, frozenset(characters), frozenset(doubtful))
 
 
-def overlap(font, a, b):
-    """How much of two slightly blurred glyphs, set one on the other, is common: 1 for one and the same shape.
-
-    0 where only one of them has ink in its middle, as a slashed or dotted zero has. Around 0.75 lie I and l in most fonts
-    without serifs, around 0.5 a round O and a 0 that is a fifth narrower.
-    """
-    def glyph(c):
-        left, top, right, bottom = font.getbbox(c, anchor="ls")
+def overlap(face, a, b):
+    """How much of two slightly blurred glyphs, one set on the other, is common: 1 if the same."""
+    blurred = []
+    for c in (a, b):
+        left, top, right, bottom = face.getbbox(c, anchor="ls")
         image = Image.new("L", (100, 100))
-        ImageDraw.Draw(image).text((50 - (left + right) / 2, 50 - (top + bottom) / 2), c, font=font, fill=255, anchor="ls")
-        return np.asarray(image.filter(ImageFilter.GaussianBlur(1.5)), dtype=np.float32)
-
-    a, b = glyph(a), glyph(b)
-    if abs(a[46:54, 47:53].mean() - b[46:54, 47:53].mean()) > 60:  # of 255
-        return 0.0
-    return float(np.minimum(a, b).sum() / np.maximum(a, b).sum())
-
-
-def hold_out_families(fonts):
-    """Mark HELD_OUT_FONTS of the families of each kind, rounded up, as held out; a hash gives their order.
-
-    Where they leave out a character that several families draw (few have √ and ≤), the next one that draws it goes with
-    them. A kind with a single family keeps it for training.
-    """
-    held_out = set()
-    for kind in (PRINTED, HAND):
-        drawn = {}  # by each family
-        for font in sorted(fonts, key=lambda font: hashlib.sha256(font.family.encode()).digest()):
-            if font.kind == kind:
-                drawn[font.family] = drawn.get(font.family, frozenset()) | font.characters
-        chosen = list(drawn)[:min(-int(-HELD_OUT_FONTS * len(drawn) // 1), len(drawn) - 1)] if drawn else []
-        for c in CHARSET:
-            able = [family for family in drawn if c in drawn[family]]
-            if len(able) > 1 and not set(able) & set(chosen):
-                chosen.append(able[0])
-        held_out |= {(kind, family) for family in chosen}
-    return [font._replace(held_out=(font.kind, font.family) in held_out) for font in fonts]
+        place = (50 - (left + right) / 2, 50 - (top + bottom) / 2)
+        ImageDraw.Draw(image).text(place, c, font=face, fill=255, anchor="ls")
+        blurred.append(cv2.GaussianBlur(np.asarray(image, dtype=np.float32), (0, 0), 1.5))
+    a, b = blurred
+    dotted = abs(a[46:54, 47:53].mean() - b[46:54, 47:53].mean()) > 60  # as a slashed zero is
+    return 0.0 if dotted else float(np.minimum(a, b).sum() / np.maximum(a, b).sum())
 
 
-@cache
-def named(path, names):
-    """Whether a font file's name matches a regular expression."""
-    return bool(re.search(names, Path(path).name, re.IGNORECASE))
+def held_out_families(fonts, kind, share):
+    """The families of a kind that only validation and test rows are drawn in."""
+    drawn = {}  # by each family, in the order of a hash
+    for font in sorted(fonts, key=lambda font: hashlib.sha256(font.family.encode()).digest()):
+        if font.kind == kind:
+            drawn[font.family] = drawn.get(font.family, frozenset()) | font.characters
+    number = math.ceil(share * len(drawn))
+    chosen = list(drawn)[: max(0, min(number, len(drawn) - 1))]  # one at least is trained on
+    for c in sorted(set().union(*drawn.values())):  # few have √, and none is to be untested
+        able = [family for family in drawn if c in drawn[family]]
+        if len(able) > 1 and not set(able) & set(chosen):
+            chosen.append(able[0])
+    return chosen
 
 
-def pick_font(label, kind, split, alone, names=""):
-    """A font of a kind that draws every character of a label, or None; held-out ones for val and test.
-
-    A family first and then one of its files, so that those with many weights are not seen more often. A label that stands
-    alone, with no word around its characters, gets no font in which one of them looks like another. Where there are any,
-    a font whose file name matches the regular expression names.
-    """
-    needed, held_out = frozenset(label), split != "train"
-    families, matching = {}, {}
-    for font in FONTS:
-        if font.kind == kind and font.held_out == held_out and needed <= font.characters and not (alone and needed & font.doubtful):
-            families.setdefault(font.family, []).append(font)
-            if names and named(font.path, names):
-                matching.setdefault(font.family, []).append(font)
-    families = matching or families
-    return random.choice(random.choice(list(families.values()))) if families else None
+def with_loan(font, fonts):
+    """A printed font that borrows the signs it lacks from another of its side of the split."""
+    lacking = "".join(c for c in BORROWED if c not in font.characters)
+    side = [f for f in fonts if f.kind == PRINTED and f.held_out == font.held_out]
+    lenders = {os.path.basename(f.path): f.path for f in side if set(lacking) <= f.characters}
+    if not lacking or not lenders or font.kind != PRINTED or font.family in DRAWN_ONLY:
+        return font
+    place = zlib.crc32(os.path.basename(font.path).encode()) % len(lenders)
+    loan = dict(lender=lenders[sorted(lenders)[place]], borrowed=lacking)
+    return font._replace(characters=font.characters | set(lacking), **loan)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Texts. All randomness is Python's global generator, seeded per sample, because TRDG draws from it too.
-
-def weighted(**weights):
-    """One of the names, with the given weights."""
-    return random.choices(list(weights), list(weights.values()))[0]
-
-
-def random_case(word):
-    return {"lower": word.lower(), "capital": word.capitalize(), "upper": word.upper()}[weighted(lower=53, capital=27, upper=20)]
-
-
-def random_word(split):
-    return random_case(random.choice(words(split)))
-
-
-def random_digits(shortest, longest):
-    return "".join(random.choices(string.digits, k=random.randint(shortest, longest)))
+def pick_font(kind, label, alone, names, split, settings):
+    """A Font that draws all of a label, or None; names: a pattern for its file, if any matches."""
+    needed, families, matching = frozenset(label), {}, {}
+    fonts, _ = find_fonts(settings)
+    for font in fonts:
+        if font.kind != kind or font.held_out != (split != "train") or needed - font.characters:
+            continue
+        if alone and needed & font.doubtful:
+            continue  # where no word helps, no character may look like another
+        families.setdefault(font.family, []).append(font)
+        if names and re.search(names, os.path.basename(font.path)):
+            matching.setdefault(font.family, []).append(font)
+    # A family first and then one of its files, so that many weights are not seen more often. Even
+    # sizes, so that the cache of typefaces holds every font at every size.
+    families = list((matching or families).values())
+    return choice(choice(families))._replace(size=2 * randint(10, 22)) if families else None
 
 
-def random_string(characters, shortest, longest):
-    return "".join(random.choices(characters, k=random.randint(shortest, longest)))
+# --------------------------------------------------------------------------------------------------
+# Pens. A pen takes a text, a font or a hand, and a split, and gives a line's ink, float32 (H, W),
+# 0 = paper, 1 = ink, or None where it cannot. H is the line box: a comma stays low, a quote high.
 
 
-def random_code():
-    """Serial numbers, plates, article and form numbers: AB-1234-X."""
-    def group():
-        kind = weighted(upper=4, digits=4, both=3, lower=1)
-        characters = {"upper": string.ascii_uppercase, "digits": string.digits,
-                      "both": string.ascii_uppercase + string.digits, "lower": string.ascii_lowercase + string.digits}[kind]
-        return random_string(characters, 1, 5)
-    separator = random.choice(["-", "-", "", "", " ", "/", ".", "_", ":"])
-    return separator.join(group() for _ in range(random.randint(1, 4)))
+def typed(text, font, split):
+    """A text in a font, each borrowed sign on the same baseline: ink (H, W)."""
+    size, lender = font.size, font.lender or font.path
+    own, other = typeface(font.path, size), typeface(lender, size)
+    ascent, descent = own.getmetrics()
+    gap, space = choice([0, 0, 0, 1, 2, size // 12]), uniform(1, 1.7)
+    canvas = Image.new("L", ((2 * len(text) + 4) * size, 5 * size))
+    draw, x, baseline = ImageDraw.Draw(canvas), 2.0 * size, 3 * size
+    # Runs of characters, with the font's kerning, or one by one with a gap.
+    runs = groupby(text, lambda c: (c == " ", c in font.borrowed))
+    for piece in text if gap else ["".join(run) for _, run in runs]:
+        face = other if piece[0] in font.borrowed else own
+        draw.text((x, baseline), piece, font=face, fill=255, anchor="ls")
+        x += face.getlength(piece) * (space if piece[0] == " " else 1) + gap
+    return line_box(np.asarray(canvas), baseline - ascent, baseline + descent, size // 3)
 
 
-def random_number():
-    """Whole numbers, decimals, prices, percentages, dates, times, phone numbers, in the forms that people write."""
-    n, r = random_digits, random.randint
-    day, month, year = f"{r(1, 31):02}", f"{r(1, 12):02}", str(r(1900, 2039))
-    name = random.choice("Jan Feb Mar Apr May Jun Jul Aug Sep Oct Nov Dec".split())
-    return random.choice([
-        lambda: n(1, 4), lambda: n(5, 12), lambda: f"{r(1, 999)},{n(3, 3)}", lambda: f"{r(1, 99)},{n(3, 3)},{n(3, 3)}",
-        lambda: f"{r(0, 999)}.{n(1, 4)}", lambda: f"{random.choice('+-')}{r(0, 999)}.{n(1, 2)}", lambda: f"{r(1, 9)}e{r(-9, 12)}",
-        lambda: f"${r(0, 9999)}.{n(2, 2)}", lambda: f"{r(0, 999)}.{n(2, 2)}", lambda: f"{r(0, 99)},{n(2, 2)}-",
-        lambda: f"${r(1, 99)},{n(3, 3)}.{n(2, 2)}", lambda: f"{r(0, 100)}%", lambda: f"{r(0, 99)}.{n(1, 1)} %",
-        lambda: f"{day}/{month}/{year}", lambda: f"{day}.{month}.{year}", lambda: f"{year}-{month}-{day}",
-        lambda: f"{int(day)} {name} {year}", lambda: f"{name} {int(day)}, {year}", lambda: f"{month}/{day}/{year[2:]}",
-        lambda: f"{r(0, 23):02}:{n(1, 1)}{r(0, 9)}", lambda: f"{r(1, 12)}:{r(0, 59):02} {random.choice(('am', 'pm', 'AM', 'PM'))}",
-        lambda: f"{r(0, 23):02}:{r(0, 59):02}:{r(0, 59):02}", lambda: f"({n(3, 3)}) {n(3, 3)}-{n(4, 4)}",
-        lambda: f"+{r(1, 99)} {n(2, 3)} {n(3, 4)} {n(3, 4)}", lambda: f"{n(3, 3)}-{n(4, 4)}", lambda: f"#{n(1, 6)}",
-        lambda: f"{n(1, 3)} {n(3, 3)}", lambda: f"{n(3, 3)} {n(3, 3)} {n(2, 3)}", lambda: f"{n(2, 2)} {n(2, 2)} {n(2, 2)}",
-        lambda: f"{n(4, 4)} {n(4, 4)} {n(4, 4)}", lambda: f"No. {n(1, 5)}", lambda: f"{r(1, 99)}/{r(1, 99)}", lambda: f"{n(1, 3)}x{n(1, 3)}", lambda: f"{n(1, 3)} kg",
-    ])()
+def line_box(canvas, top, bottom, margin):
+    """A line's rows of a uint8 canvas, more where ink reaches beyond, as ink (H, W)."""
+    first, last, left, right = ink_box(canvas)
+    top, bottom = min(top, first or top), max(bottom, last + 1)
+    part = canvas[top:bottom, max(0, left - margin) : right + 1 + margin]
+    return part.astype(np.float32) / 255
 
 
-def filled_in(pattern, split):
-    """A pattern with {w} made a word, {W} a capitalised one, {I} a capital letter, {n} up to three digits and {p} a price."""
-    return re.sub(r"{([wWInp])}", lambda m: {
-        "w": lambda: random_word(split), "W": lambda: random.choice(words(split)).capitalize(), "I": lambda: random.choice(string.ascii_uppercase),
-        "n": lambda: random_digits(1, 3), "p": lambda: f"{random.randint(0, 999)}.{random_digits(2, 2)}"}[m[1]](),
-        pattern.replace("{{", "{").replace("}}}", "}}"))
-
-
-def random_name(split):
-    """A person, as forms and letters name them."""
-    return filled_in(random.choice(["{I}. {W}"] * 3 + ["{I}. {I}. {W}", "{W} {W}", "{W} {I}. {W}", "{W}, {I}.", "{I}.{I}.", "{I}.{I}. {W}",
-                                                        "Mr. {W}", "Mrs. {W}", "Dr. {W}", "{W}-{W}", "O'{W}", "{W}, {W}"]), split)
-
-
-def random_item(split):
-    """A line of a receipt or a list."""
-    return filled_in(random.choice(["{n} x {W}"] * 2 + ["{n} x {w}", "{n}x {W}", "{W} x{n}", "{n} {W}", "{W} {n}", "{W}: {n}", "{W} {p}", "{W} ${p}",
-                                                         "{W} (${p})", "{W}: ${p}", "{n} x {p}", "{W} no. {n}", "{w} {w} {p}", "{n}. {W}"]), split)
-
-
-def punctuated(split):
-    """Words with punctuation in the places where it stands in real text."""
-    return filled_in(random.choice([
-        "{w}.", "{w},", "{w}!", "{w}?", "{w}:", "{w};", "({w})", '"{w}"', "'{w}'", "[{w}]", "{{{w}}}", "<{w}>", "{w}'s", "{w}...",
-        "{w}, {w}", "{w}. {W}", "{w}: {n}", "{w}; {w}", "{w}-{w}", "{w}/{w}", "{w} & {w}", "{w} - {w}", "{w} ({n})", "{w} #{n}",
-        "{w}@{w}.com", "www.{w}.org", "@{w}", "#{w}", "{w}_{w}", "{w} = {n}", "{w}+{w}", "{n}% {w}", "~{n}", "{w}*", "* {w}",
-        "{w} | {w}", "\\{w}", "`{w}`", "${n}.{n}", "{n}^{n}", "C:\\{w}", "{w}({n})", "{W} {n}", "{n}. {W}", "{W}, {W}", "{w}?!",
-        "Mr. {W}", "{n} {w}", "{w}={w}", "{w}[{n}]", "!{w}", "{w}%", "{w}>{n}", "{w}<{n}", "{n}:{n}", "{w}|{n}", "~{w}", "\"{W}\"",
-    ]), split)
+def ink_box(ink, share=0.1):
+    """First and last row, first and last column with ink of a share of the darkest; 0: none."""
+    inked = ink > share * max(0.1, ink.max())
+    rows, columns = np.flatnonzero(inked.any(1)), np.flatnonzero(inked.any(0))
+    return (*rows[[0, -1]].tolist(), *columns[[0, -1]].tolist()) if len(rows) else (0, 0, 0, 0)
 
 
 @cache
-def letter_statistics():
-    """Which letters follow two others in the training words, as a dict of strings; a word begins and ends with a space."""
-    following = {}
-    for word in words("train")[::5]:
-        if word.isalpha():
-            word = f"  {word.lower()} "
-            for i in range(len(word) - 2):
-                following.setdefault(word[i:i + 2], []).append(word[i + 2])
-    return {pair: "".join(letters) for pair, letters in following.items()}
+def text_generator():
+    """TRDG's text generator, repaired for Pillow >= 10, which removed getsize (issues 315, 343)."""
+    try:
+        with contextlib.redirect_stdout(None):  # it prints that its handwriting network is missing
+            from trdg import computer_text_generator as generator
+    except ImportError as error:
+        raise InputError(f"pip install --no-deps trdg==1.8.0 is missing ({error})") from None
+    # It also reads the font file anew for every image, and shapes every character twice.
+    generator.ImageFont = SimpleNamespace(truetype=lambda font, size: typeface(font, size))
+    generator.get_text_height = lambda face, text: sum(face.getmetrics())
+    return generator
 
 
-def made_up_word(split):
-    """A word of English letter statistics that belongs to a split, such as most names are to those who read them first."""
-    while True:
-        word = "  "
-        while len(word) < 14 and not (len(word) > 2 and word[-1] == " "):
-            word += random.choice(letter_statistics()[word[-2:]])
-        word = word.strip()
-        if len(word) > 2 and word_split(word) == split:
-            return random_case(word)
+def trdg(text, font, split):
+    """A text as TRDG sets it: ink (H, W), its word and character spacing at random."""
+    if set(text) & set(font.borrowed):
+        return typed(text, font, split)  # TRDG takes one font for a line
+    gap, space = choice([0, 0, 1, 2, font.size // 12]), uniform(1, 1.7)
+    layout = dict(orientation=0, space_width=space, character_spacing=gap, fit=False)
+    layout["word_split"] = chance(0.9)
+    line = f" {text} "  # room for what reaches beyond the first and the last character
+    image, _ = text_generator().generate(line, font.path, "#000000", font.size, **layout)
+    ink = np.asarray(image.getchannel("A"), dtype=np.float32) / 255  # (H, W)
+    return None if ink[:, :2].any() or ink[:, -2:].any() else ink  # it cuts at the last advance
 
 
-def word_with_look_alikes(split):
-    """Of a few words, the one with the most doubled letters and pairs that run into another letter: rn as m, cl as d, vv as w."""
-    return random_case(max(random.choices(words(split), k=12), key=lambda w: len(re.findall(r"(.)\1|rn|cl|vv|nn|ii|li|il|ri|m|w", w.lower()))))
+# --------------------------------------------------------------------------------------------------
+# The pen of EMNIST: characters of many people, chosen and set as one hand would
+
+X_HEIGHT = dict.fromkeys("acemnorsuvwxz", 0.68)  # against a capital's; EMNIST has one size for all
+DESCENT = dict(g=0.3, j=0.28, p=0.3, q=0.3, y=0.3)  # below the baseline, in capitals
+# Signs that EMNIST and most handwriting fonts lack: strokes, two spaces apart, through points x,y
+# in hundredths of a capital's height; y is 0 at its top, 100 at the baseline.
+SIGNS = {
+    "√": "0,60 10,52 24,100 44,-2 85,-4",
+    "π": "0,44 8,36 60,36  18,38 14,100  43,38 43,92 52,98",
+    "≤": "40,22 0,46 40,70  0,90 40,90",
+    "≥": "0,22 40,46 0,70  0,90 40,90",
+    "≠": "0,46 42,46  0,68 42,68  34,25 8,90",
+}
+# One person's way to write: lengths in parts of a capital's height, which is in pixels; slant in
+# columns per row; looseness is how much sizes, places and spaces vary; spacing < 0: they touch.
+Hand = namedtuple("Hand", "capital stroke slant looseness spacing settings")
 
 
-def random_look_alikes():
-    """A string of characters that are easily taken for one another."""
-    return random_string(random.choice(["O0Q", "Il1|", "1lI7", "S5s", "Z2z", "B8", "G6C", "q9g", "uvUV", "cCeo", "O0Il1", "5S8B6G", ".,", ":;i", "-~=", "({[", ")}]", "kKxX", "wWvV", "0123456789", "mnrnh"]), 2, 6)
+@cache
+def emnist(settings, split):
+    """Upright EMNIST characters of a split, white on black, uint8 (n, 28, 28), and labels (n,)."""
+    from torchvision import datasets
+
+    folder = f"{settings.datasets_dir}/emnist"
+    data = datasets.EMNIST(folder, split="byclass", train=split != "test")
+    images = data.data.numpy().transpose(0, 2, 1)  # stored transposed -> (n, rows, columns)
+    labels = np.array(list(ALPHANUMERIC))[data.targets.numpy()]  # (n,)
+    order = np.random.default_rng(settings.seed).permutation(len(images))
+    if split != "test":  # of the train file, one in CYCLE is for validation
+        order = order[(order % CYCLE == 0) == (split == "val")]
+    return np.ascontiguousarray(images[order]), labels[order]
 
 
-def random_single():
-    pool = weighted(letters=6, digits=2, signs=3)
-    return random.choice({"letters": string.ascii_letters, "digits": string.digits, "signs": string.punctuation}[pool])
+@cache
+def emnist_class(settings, split, character):
+    """The images (n, 28, 28) of a character, and their stroke width, height and slant (n, 3)."""
+    images, labels = emnist(settings, split)
+    images = images[labels == character]
+    ink = (images > 100).astype(np.float32)  # (n, 28, 28)
+    area = ink.sum((1, 2)).clip(1)  # (n,)
+    edges = [np.abs(np.diff(ink, axis=axis)).sum((1, 2)) for axis in (1, 2)]  # two of (n,)
+    rows, columns = np.mgrid[:28, :28].astype(np.float32)
+    y, x = ((ink * place).sum((1, 2)) / area for place in (rows, columns))  # the centre, both (n,)
+    dy, dx = rows - y[:, None, None], columns - x[:, None, None]  # both (n, 28, 28)
+    slant = -(ink * dx * dy).sum((1, 2)) / (ink * dy * dy).sum((1, 2)).clip(1)
+    slant -= np.median(slant)  # an L leans to nobody's side
+    stroke = 2.5 * area / sum(edges).clip(1)  # area over half of the perimeter, nearly
+    return images, np.stack([stroke, ink.max(2).sum(1), slant], 1)  # (n, 3)
 
 
-PRINTED_TEXTS = dict(words=28, made_up=8, doubled=5, name=6, item=6, punctuated=12, number=14, code=8, string=7, single=8, look_alikes=3)
-HAND_TEXTS = dict(words=33, made_up=6, doubled=4, name=6, item=4, punctuated=10, number=13, math=12, code=5, string=4, single=7)
-STANDING_ALONE = {"code", "string", "mixed", "single", "look_alikes"}  # kinds of text with no word around their characters
+def pick_hand(kind, label, alone, names, split, settings):
+    """A Hand, or None for a label that nobody could read: O is 0 where no word says otherwise."""
+    if alone and set(label) & set("IlOo"):
+        return None
+    looseness, spacing = uniform(0.02, 0.1), uniform(-0.1, 0.3)
+    return Hand(randint(20, 34), uniform(0.08, 0.2), gauss(0, 0.2), looseness, spacing, settings)
 
 
-def random_text(split, kinds):
-    """One label made of the words of a split, and whether it stands alone. kinds: their names and weights."""
-    kind = weighted(**kinds)
-    draw = {"words": lambda: " ".join(random_word(split) for _ in range(random.choices((1, 2, 3), (5, 3, 2))[0])),
-            "made_up": lambda: " ".join(made_up_word(split) for _ in range(random.choices((1, 2), (3, 1))[0])),
-            "doubled": lambda: word_with_look_alikes(split), "name": lambda: random_name(split), "item": lambda: random_item(split), "punctuated": lambda: punctuated(split), "number": random_number,
-            "math": random_math, "code": random_code, "look_alikes": random_look_alikes, "single": random_single,
-            "string": lambda: random_string(string.ascii_letters + string.digits + string.punctuation, 1, 12),
-            "letters": lambda: "".join(re.findall("[A-Za-z]", random_word(split))), "mixed": lambda: random_string(ALPHANUMERIC, 2, 7)}
-    return draw[kind](), kind in STANDING_ALONE
+def composed(text, hand, split):
+    """Characters of EMNIST, and signs, side by side as a hand would set them: ink (H, W)."""
+    capital, baseline = hand.capital, 3 * hand.capital
+    canvas, x = np.zeros((5 * capital, capital * (3 * len(text) + 6)), np.uint8), 2 * capital
+    for c in text:
+        if c == " ":
+            x += round(capital * (uniform(0.5, 0.9) + max(0, hand.spacing)))
+            continue
+        found = (character if c in ALPHANUMERIC else sign)(c, hand, split)
+        if found is None:
+            return None
+        glyph, below = found
+        y = baseline + below - len(glyph)
+        part = canvas[y : y + len(glyph), x : x + glyph.shape[1]]
+        np.maximum(part, glyph, out=part)
+        # What touches a point or a dash would hide it.
+        gap = hand.spacing if c in ALPHANUMERIC else max(hand.spacing, 0.12)
+        x += max(2, round(glyph.shape[1] + capital * (gap + gauss(0, hand.looseness))))
+    top, bottom = baseline - round(1.3 * capital), baseline + round(0.4 * capital)
+    return line_box(canvas, top, bottom, capital // 3)
 
 
-def random_math():
-    """A linear expression, equation or inequality, or a short term with the other symbols of the charset."""
-    def number():
-        return random.choice([str(random.randint(0, 9)), str(random.randint(10, 999)),
-                              f"{random.randint(0, 99)}.{random.randint(0, 99)}"])
-
-    def term():
-        v = random.choice("xyzabcnktmpq")
-        return random.choice([number, number, lambda: v, lambda: f"{random.randint(2, 99)}{v}", lambda: f"{v}^{random.randint(2, 9)}",
-                              lambda: f"√{random.randint(2, 400)}", lambda: f"{random.randint(2, 9)}π", lambda: "π", lambda: f"√{v}",
-                              lambda: f"({v}{gap}{random.choice('+-')}{gap}{number()})", lambda: f"-{number()}",
-                              lambda: f"{number()}/{number()}", lambda: f"±{number()}", lambda: f"{number()}%"])()
-
-    gap = random.choice(["", "", " "])
-    parts = [term()]
-    for _ in range(random.choices((0, 1, 2), (2, 5, 2))[0]):
-        parts += [random.choice("++--×÷±*/"), term()]
-    if random.random() < 0.75:
-        parts += [random.choice("====<>≤≥≠"), term()]
-    text = gap.join(parts)
-    bracket = random.choice([None] * 8 + ["()", "[]", "{}"])
-    return f"{bracket[0]}{text}{bracket[1]}" if bracket else text
+def character(c, hand, split):
+    """The EMNIST image of several that suits a hand best, uint8 (h, w), and its depth in pixels."""
+    images, measures = emnist_class(hand.settings, split, c)
+    if not len(images):
+        return None
+    some = random.choices(range(len(images)), k=8)
+    stroke, height, slant = measures[some].T  # (8, 3) -> three of (8,)
+    size = X_HEIGHT.get(c, 1)
+    unlike = np.abs(np.log(stroke / height * size / hand.stroke)) + 2 * np.abs(slant - hand.slant)
+    glyph = images[some[int(unlike.argmin())]]  # (28, 28)
+    top, bottom, left, right = ink_box(glyph, 0.25)
+    glyph = glyph[top : bottom + 1, left : right + 1]
+    scale = hand.capital * size * gauss(1, hand.looseness) / len(glyph)
+    width, height = max(1, round(glyph.shape[1] * scale)), max(4, round(len(glyph) * scale))
+    depth = round(hand.capital * (DESCENT.get(c, 0) + gauss(0, hand.looseness)))
+    return cv2.resize(glyph, (width, height), interpolation=cv2.INTER_CUBIC), depth
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Styles. Each takes a line's ink, float32 (H, W), 0 = paper and 1 = ink, and gives the picture, uint8 (H, W), as it would look in
-# the real world. Sizes in them are parts of the height H.
+def sign(c, hand, split):
+    """A sign in a handwriting font, or in strokes of our own: as character()."""
+    if c in SIGNS:
+        return drawn_sign(c, hand)
+    font = pick_font(HANDWRITTEN, c, False, "", split, hand.settings)
+    if font is None:
+        return None
+    tall = -typeface(font.path, 40).getbbox("E", anchor="ls")[1]  # a capital's height, in pixels
+    face = typeface(font.path, round(40 * hand.capital / max(20, tall)))
+    left, top, right, bottom = face.getbbox(c, anchor="ls")
+    image = Image.new("L", (max(1, right - left), max(1, bottom - top)))
+    ImageDraw.Draw(image).text((-left, -top), c, font=face, fill=255, anchor="ls")
+    return np.asarray(image), bottom
 
-def cv2():
-    """OpenCV, which trdg brings along; imported where it is needed, so that this script is imported quickly."""
-    import cv2
-    return cv2
+
+def drawn_sign(c, hand):
+    """A sign of SIGNS, as a hand would write it: as character()."""
+    scale, width = hand.capital * gauss(1, hand.looseness), round(hand.stroke * hand.capital)
+    lines = [[point.split(",") for point in line.split(" ")] for line in SIGNS[c].split("  ")]
+    lines = [scale * (np.float32(line) / 100 + noise((len(line), 2), 0.025)) for line in lines]
+    points = np.concatenate(lines)  # (points, 2)
+    low, high = points.min(0) - width, points.max(0) + width
+    glyph = np.zeros(np.ceil(high - low)[::-1].astype(int), np.uint8)
+    for line in lines:  # in sixteenths of a pixel
+        path = np.round(16 * (line - low)).astype(np.int32)
+        cv2.polylines(glyph, [path], False, 255, width, cv2.LINE_AA, shift=4)
+    return glyph, round(high[1] - scale)
+
+
+# --------------------------------------------------------------------------------------------------
+# Styles: how a line looks in the real world. It is bent, cut out, or set in cells; then a chain of
+# effects is done to its ink, float32 (H, W), all lengths in parts of its height; then come tones.
+
+
+def bent(ink, warp):
+    """A line (H, W) turned a little and now and then in waves; warp: as if by another hand."""
+    angle = uniform(-1, 1) * choice([0, 0, 1, 2, 3])  # degrees
+    rise = np.tan(np.radians(angle)) * ink.shape[1]
+    tall, pad = len(ink), round(abs(rise) / 2 + len(ink) / 8)
+    ink = np.pad(ink, ((pad, pad), (4, 4)))
+    h, w = ink.shape
+    y, x = np.mgrid[:h, :w].astype(np.float32)  # (H, W) each
+    if warp:  # other proportions, other curves: fifty fonts would be learned by heart
+        reach, patches = uniform(0, 0.14) * tall, uniform(1.5, 3)
+        y = uneven(h, 5)[:, None] + reach * (clouds((h, w), patches) - 0.5)
+        x = uneven(w, max(2, round(2 * w / tall)))[None] + reach * (clouds((h, w), patches) - 0.5)
+    waves = 0.05 * tall * chance(0.08) * np.sin(np.arange(w) * uniform(3, 18) / tall)
+    y = y + waves + rise * (np.arange(w) / w - 0.5)
+    ink = cv2.remap(ink, x.astype(np.float32), y.astype(np.float32), cv2.INTER_LINEAR)
+    top, bottom, _, _ = ink_box(ink)
+    pad = randint(0, pad)  # that is cut off again, as far as there is no ink
+    return ink[min(top, pad) : max(bottom + 1, h - pad)]
+
+
+def uneven(length, pieces):
+    """Places from 0 to length - 1, (length,), closer together in some of so many pieces."""
+    steps = np.append(0, np.exp(noise(pieces, 0.25)).cumsum())
+    places = np.interp(np.linspace(0, pieces, length), np.arange(pieces + 1), steps)
+    return places * ((length - 1) / steps[-1])
+
+
+def cut_out(ink, keep_height):
+    """A line (H, W) with its paper cut at random, 2 pixels or more from the ink; some stretched."""
+    (h, w), box = ink.shape, ink_box(ink)
+    rooms = box[0], h - 1 - box[1], box[2], w - 1 - box[3]
+    top, bottom, left, right = (randint(0, max(0, room - 2)) for room in rooms)
+    if keep_height:  # where size and place of characters tell c from C, a comma from a quote
+        top = bottom = 0
+    ink = ink[top : h - bottom, left : w - right]
+    if chance(0.3):  # condensed and extended
+        width = max(4, round(ink.shape[1] * 2 ** uniform(-0.6, 0.4)))
+        ink = cv2.resize(ink, (width, len(ink)), interpolation=cv2.INTER_AREA)
+    return ink
+
+
+def in_cells(glyphs):
+    """Glyphs (h, w) in fields of one width: ink (H, W) and the fields' edges, in pixels."""
+    glyphs = [glyph[:, ink_box(glyph)[2] : ink_box(glyph)[3] + 1] for glyph in glyphs]
+    height, width = (max(glyph.shape[axis] for glyph in glyphs) for axis in (0, 1))
+    pitch = round(max(width * uniform(1.05, 1.4), height * uniform(0.4, 0.9))) + 2
+    ink = np.zeros((round(height * uniform(1.05, 1.4)), pitch * len(glyphs) + 1), np.float32)
+    y = randint(0, len(ink) - height)
+    for i, glyph in enumerate(glyphs):
+        x = pitch * i + round((pitch - glyph.shape[1]) * uniform(0.35, 0.65))
+        up = max(0, min(len(ink) - len(glyph), y + randint(-height // 20, height // 20)))
+        ink[up : up + len(glyph), x : x + glyph.shape[1]] = glyph
+    return ink, [pitch * i for i in range(len(glyphs) + 1)]
 
 
 def chance(share):
     return random.random() < share
 
 
-def randoms():
-    """A generator of arrays, seeded by the sample's own."""
+def generator():
+    """A generator of arrays, seeded by the sample's own chance."""
     return np.random.default_rng(random.getrandbits(63))
 
 
-def ink_of(image):
-    """A grey picture, black on white, as ink."""
-    return 1 - np.asarray(image, dtype=np.float32) / 255
+def noise(shape, deviation):
+    return generator().standard_normal(shape, dtype=np.float32) * np.float32(deviation)
 
 
-def tones(ink, dark, light, noise=0.0):
-    """Ink of a tone on paper of another, both from 0 to 255, numbers or arrays (H, W), as a picture; noise: standard deviation."""
-    grey = light + ink * (dark - light)
-    if noise:
-        grey = grey + noise * randoms().standard_normal(ink.shape, dtype=np.float32)
-    return grey.clip(0, 255).round().astype(np.uint8)
-
-
-def slow_field(shape, patches):
-    """Random values from 0 to 1, float32 (H, W), that change slowly: about so many times over the height."""
+def clouds(shape, patches):
+    """From 0 to 1, float32 (H, W), slowly changing: about so many patches over the height."""
     rows = max(2, round(patches) + 1)
-    small = randoms().random((rows, max(2, round(patches * shape[1] / shape[0]) + 1)), dtype=np.float32)
-    return cv2().resize(small, shape[::-1], interpolation=cv2().INTER_CUBIC).clip(0, 1)
+    columns = max(2, round(patches * shape[1] / shape[0]) + 1)
+    few = generator().random((rows, columns), dtype=np.float32)
+    return cv2.resize(few, shape[::-1], interpolation=cv2.INTER_CUBIC).clip(0, 1)
 
 
-def with_margins(ink, top=0.0, right=0.0, bottom=0.0, left=0.0):
-    """Ink with more paper around it, in parts of its height."""
-    h = ink.shape[0]
-    return np.pad(ink, ((round(top * h), round(bottom * h)), (round(left * h), round(right * h))))
-
-
-def random_box(ink, most):
-    """Ink with up to so much more paper on each side, in parts of its height."""
-    return with_margins(ink, *(random.uniform(0, most) for _ in range(4)))
-
-
-def ink_rows(ink):
-    """The first and the last row with ink in it."""
-    rows = np.flatnonzero(ink.max(1) > 0.3 * ink.max())
-    return int(rows[0]), int(rows[-1])
-
-
-def enlarged_from(ink, height):
-    """Ink as it comes from a scan of so few rows, at its former size, with one of the usual interpolations."""
-    h, w = ink.shape
-    small = cv2().resize(ink, (max(4, round(w * height / h)), height), interpolation=cv2().INTER_AREA)
-    how = random.choice([cv2().INTER_NEAREST, cv2().INTER_LINEAR, cv2().INTER_CUBIC])
-    return cv2().resize(small, (w, h), interpolation=how).clip(0, 1)
-
-
-def to_be_warped(split):
-    """Whether as_by_another is to change the next picture by hand: only in training rows, since the others are to show real hands.
-
-    There are some fifty handwriting fonts and 85,000 EMNIST characters, and a network learns those by heart (on rows that it was
-    trained on it read 20 and 9 points more than on others).
-    """
-    return split == "train" and chance(WARPED)
-
-
-def as_by_another(picture):
-    """Writing, as a picture or as ink (H, W), warped as if someone else had written it: other proportions, other curves."""
-    def uneven(length, pieces):  # places from 0 to length - 1, closer together in some pieces than in others
-        steps = np.exp(randoms().normal(0, 0.25, pieces))
-        return np.interp(np.linspace(0, pieces, length), np.arange(pieces + 1), np.append(0, steps.cumsum()) / steps.sum()) * (length - 1)
-
-    h, w = picture.shape
-    reach, patches = random.uniform(0, 0.14) * h, random.uniform(1.5, 3)
-    y = uneven(h, 5)[:, None] + reach * (slow_field((h, w), patches) - 0.5)  # (H, W)
-    x = uneven(w, max(2, round(2 * w / h)))[None] + reach * (slow_field((h, w), patches) - 0.5)  # (H, W)
-    return cv2().remap(picture, x.astype(np.float32), y.astype(np.float32), cv2().INTER_LINEAR, borderMode=cv2().BORDER_REPLICATE)
-
-
-def compressed(picture, worst=20):
-    """The picture after JPEG compression at a random quality."""
-    ok, data = cv2().imencode(".jpg", picture, [cv2().IMWRITE_JPEG_QUALITY, random.randint(worst, 75)])
-    return cv2().imdecode(data, cv2().IMREAD_GRAYSCALE)
-
-
-def strokes(shape, lines, thickness):
-    """Straight lines from (x, y) to (x, y), in pixels, as ink of a shape."""
-    mask = np.zeros(shape, np.uint8)
+def lined(ink, lines, tone=(0.3, 1), widths=(1, 1, 2)):
+    """Ink with straight lines from (x, y) to (x, y) of a tone."""
+    mask, width = np.zeros(ink.shape, np.uint8), choice(widths)
     for a, b in lines:
-        cv2().line(mask, tuple(map(round, a)), tuple(map(round, b)), 255, thickness, cv2().LINE_AA)
-    return mask.astype(np.float32) / 255
+        cv2.line(mask, tuple(map(round, a)), tuple(map(round, b)), 255, width, cv2.LINE_AA)
+    return np.maximum(ink, mask.astype(np.float32) * (uniform(*tone) / 255))
 
 
-def form(ink):
-    """On a printed form: underlined, in a box or between rules, with the lines above and below coming into the picture."""
-    ink = random_box(ink, 0.25)
-    h, w = ink.shape
-    top, bottom = ink_rows(ink)
-    page = ink.copy()
-    for side, room in ((0, top - 2), (1, h - bottom - 3)):  # neighbours' strokes, on paper that is free of our own
-        if room > 1 and chance(0.4):
-            part = random.randint(1, min(room, h // 7, bottom + 1 - top))
-            other = np.roll(ink[top:bottom + 1], random.randint(0, w), 1)
-            if side == 0:
-                page[:part] = np.maximum(page[:part], other[-part:])
-            else:
-                page[-part:] = np.maximum(page[-part:], other[:part])
-    low, high = bottom + random.uniform(-0.12, 0.12) * h, top - random.uniform(0.03, 0.2) * h
-    left, right = (random.uniform(-0.1, 0.1) * h for _ in range(2))
-    tilt = random.uniform(-0.02, 0.02) * h
-    below, above = ((0, low), (w, low + tilt)), ((0, high), (w, high + tilt))
-    sides = [((left, 0), (left, h)), ((w - 1 - right, 0), (w - 1 - right, h))]
-    lines = random.choice([[below], [below], [above, below], [above, below, *sides], [above, below, sides[0]]])
-    ruled = strokes((h, w), lines, random.choice([1, 1, 2]))
-    if lines == [below] and chance(0.3):  # a dotted line to write on
-        ruled *= np.arange(w) % 6 < 3
-    return tones(np.maximum(page, ruled * random.uniform(0.4, 1)), random.randint(0, 80), random.randint(215, 255), random.choice([0, 2, 5]))
-
-
-def on_cells(ink, edges):
-    """In the fields of a form, one character in each. edges: where the fields begin and end, columns of pixels."""
-    h, w = ink.shape
-    top, bottom = random.uniform(0, 0.08) * h, h - 1 - random.uniform(0, 0.08) * h
-    start = {"boxes": top, "comb": bottom - random.uniform(0.1, 0.35) * h}[weighted(boxes=2, comb=1)]
-    lines = [((x, start), (x, bottom)) for x in edges] + [((edges[0], bottom), (edges[-1], bottom))]
-    if start == top:
-        lines.append(((edges[0], top), (edges[-1], top)))
-    ruled = strokes((h, w), lines, random.choice([1, 1, 2])) * random.uniform(0.3, 1)
-    cut = random.randint(0, 3)  # how the fields are cut out of the form
-    page = random_box(np.maximum(ink, ruled)[cut:h - cut, cut:w - cut], 0.12)
-    return tones(page, random.randint(0, 90), random.randint(210, 255), random.choice([0, 2, 5]))
-
-
-def typewriter(ink):
-    """Struck letter by letter: none quite on the line, some faint, some twice, the ribbon's weave in their edges."""
-    h, w = ink.shape
-    letter = np.cumsum(np.diff(ink.max(0) > 0.2, prepend=False).clip(0) * (ink.max(0) > 0.2))  # which letter a column belongs to
-    jitter, weight = randoms().integers(-1, 2, w + 1), randoms().uniform(0.55, 1, w + 1).astype(np.float32)
-    for n in range(1, int(letter[-1]) + 1):
-        columns = letter == n
-        ink[:, columns] = np.roll(ink[:, columns], jitter[n] * max(1, h // 40), 0) * weight[n]
-    if chance(0.2):
-        ink = np.maximum(ink, 0.5 * np.roll(ink, 1, 1))
-    soft = cv2().GaussianBlur(ink, (0, 0), random.uniform(0.5, 0.9))
-    worn = ((soft - 0.35 * slow_field(ink.shape, 14)) * 1.6).clip(0, 1)
-    return tones(worn, random.randint(10, 90), random.randint(200, 250), random.choice([2, 4, 8]))
-
-
-def dot_matrix(ink):
-    """Of needles or lamps: one dot per cell of a coarse grid."""
-    rows, pitch = random.randint(17, 23), random.choice([3, 4])
-    cells = cv2().resize(ink, (max(4, round(ink.shape[1] * rows / ink.shape[0])), rows), interpolation=cv2().INTER_AREA)
-    place = np.linspace(-1, 1, pitch + 1)[:-1] + 1 / pitch
-    dot = (random.uniform(1.15, 1.6) - np.hypot(*np.meshgrid(place, place))).clip(0, 1).astype(np.float32)
-    on = cv2().resize((cells > 0.33).astype(np.float32), None, fx=pitch, fy=pitch, interpolation=cv2().INTER_NEAREST)
-    page = on * np.tile(dot, cells.shape) * (0.7 + 0.3 * slow_field(on.shape, 3))
-    return label(page) if chance(0.25) else tones(page, random.randint(10, 110), random.randint(205, 255), random.choice([0, 3, 6]))
-
-
-def receipt(ink):
-    """From a thermal printer: faint, coarse, its strokes broken by dead dots and uneven heat."""
-    h, w = ink.shape
-    ink = ink * (0.6 + 0.6 * slow_field(ink.shape, 2)).clip(0, 1)
-    rows, columns = randoms().random((h, 1), dtype=np.float32), randoms().random((1, w), dtype=np.float32)
-    ink = ink * np.where(rows < random.uniform(0, 0.15), random.uniform(0.2, 0.8), 1) * np.where(columns < 0.02, 0.3, 1)
-    ink = enlarged_from(ink, random.randint(15, 24))
-    return tones(ink, random.randint(40, 150), random.randint(215, 250), random.choice([0, 3, 6]))
-
-
-def label(ink):
-    """A label, plate or display: heavy, framed, dark on coloured or light on dark."""
-    if chance(0.3):
-        ink = cv2().dilate(ink, np.ones((2, 2), np.uint8))
-    ink = random_box(ink, 0.3)
-    h, w = ink.shape
-    if chance(0.35):
-        inset, corners = random.uniform(0, 0.06) * h, [(0, 0), (1, 0), (1, 1), (0, 1), (0, 0)]
-        corners = [(inset + x * (w - 1 - 2 * inset), inset + y * (h - 1 - 2 * inset)) for x, y in corners]
-        ink = np.maximum(ink, strokes((h, w), list(zip(corners, corners[1:])), random.choice([1, 2, 3])))
-    dark, light = sorted((random.randint(0, 140), random.randint(110, 255)))
-    light = max(light, dark + 70)
-    return tones(ink, *random.choice([(dark, light), (light, dark)]), random.choice([0, 2, 5]))
-
-
-def photograph(ink):
-    """By phone: at an angle, out of focus or shaken, in uneven light, compressed."""
-    ink = random_box(with_margins(ink, 0.08, 0.08, 0.08, 0.08), 0.25)
-    h, w = ink.shape
-    corners = np.float32([(0, 0), (w, 0), (w, h), (0, h)])
-    moved = corners + randoms().uniform(-0.07, 0.07, (4, 2)).astype(np.float32) * h
-    ink = cv2().warpPerspective(ink, cv2().getPerspectiveTransform(corners, moved), (w, h))
-    if chance(0.5):
-        length = random.randint(2, max(2, h // 14))
-        kernel = np.zeros((2 * length + 1,) * 2, np.float32)
-        angle = random.uniform(0, np.pi)
-        reach = np.array([np.cos(angle), np.sin(angle)]) * length / 2
-        cv2().line(kernel, tuple(np.round(length - reach).astype(int).tolist()), tuple(np.round(length + reach).astype(int).tolist()), 1)
-        ink = cv2().filter2D(ink, -1, kernel / kernel.sum())
-    else:
-        ink = cv2().GaussianBlur(ink, (0, 0), random.uniform(0.4, h / 30))
-    light = random.randint(140, 250) * (1 - random.uniform(0, 0.5) * slow_field(ink.shape, random.uniform(0.3, 1.2)))
-    return compressed(tones(ink, light * random.uniform(0.05, 0.5), light, random.choice([2, 5, 9])))
-
-
-def low_resolution(ink):
-    """Cut out of a picture in which the line is small, and enlarged."""
-    picture = tones(enlarged_from(ink, random.randint(11, 18)), random.randint(0, 100), random.randint(190, 255), random.choice([0, 3]))
-    return compressed(picture, 30) if chance(0.5) else picture
+def room(ink, least=0.0, most=0.25):
+    """More paper on each side."""
+    top, right, bottom, left = (round(uniform(least, most) * len(ink)) for _ in range(4))
+    return np.pad(ink, ((top, bottom), (left, right)))
 
 
 def margins(ink):
     """Cut at the ink, or with wide margins."""
-    if chance(0.4):
-        top, bottom = ink_rows(ink)
-        ink = with_margins(ink[top:bottom + 1], *(random.uniform(0.01, 0.06) for _ in range(4)))
-    else:
-        ink = with_margins(ink, *(random.uniform(0.1, 0.6) for _ in range(4)))
-    return tones(ink, random.randint(0, 110), random.randint(190, 255), random.choice([0, 2, 6]))
+    top, bottom, _, _ = ink_box(ink, 0.3)
+    return room(ink, 0.1, 0.6) if chance(0.6) else room(ink[top : bottom + 1], 0.01, 0.06)
 
 
-def worn(ink):
-    """On paper that has been through something, or is printed all over: scratches and folds, specks, a mottled or patterned ground."""
-    ink = random_box(ink, 0.2)
+def rules(ink):
+    """Ruled or squared paper."""
     h, w = ink.shape
-    ground = slow_field(ink.shape, random.uniform(2, 10))
-    if chance(0.3):  # waves, as on cheques and tickets
-        y, x = np.mgrid[:h, :w].astype(np.float32)
-        ground = 0.5 + 0.5 * np.sin((x * random.uniform(-1, 1) + y * random.uniform(-1, 1)) * random.uniform(8, 25) / h + 3 * ground)
-    light = random.randint(160, 250) - random.uniform(0, 45) * ground
-    page = tones(ink, light * random.uniform(0.05, 0.4), light, random.choice([2, 5, 10, 18]))
-    scratches = np.zeros_like(ink)
-    if w > 1.5 * h:  # in narrow pictures one could be taken for a slash; for the same reason they go from side to side
-        ends = lambda: (0, random.uniform(0, h)) if chance(0.5) else (random.uniform(0, w), 0)
-        lines = [(ends(), (w - x, h - y)) for x, y in (ends() for _ in range(random.choice([0, 1, 2, 4])))]
-        scratches = strokes((h, w), lines, random.choice([1, 1, 1, 2])) * random.uniform(0.2, 0.7)
-    specks = randoms().random(ink.shape, dtype=np.float32) < random.choice([0, 0, 0.004, 0.012])
-    return tones(np.maximum(scratches, specks), random.choice([0, 0, 60, 255]), page.astype(np.float32))
+    pitch, tilt = uniform(0.3, 0.9) * h, uniform(-0.03, 0.03) * h
+    lines = [((0, y), (w, y + tilt)) for y in np.arange(uniform(0, pitch), h, pitch)]
+    if chance(0.35):
+        lines += [((x, 0), (x - tilt, h)) for x in np.arange(uniform(0, pitch), w, pitch)]
+    return lined(ink, lines, (0.15, 0.6))
+
+
+def neighbours(ink):
+    """The lines above and below come into the image, on paper that is free of our own."""
+    for _ in range(2):  # below, upside down, and then above
+        ink = ink[::-1]
+        top, bottom, _, _ = ink_box(ink, 0.3)
+        if top > 3 and chance(0.4):
+            part = randint(1, min(top - 2, len(ink) // 7 + 1, bottom + 1 - top))
+            other = np.roll(ink[bottom + 1 - part : bottom + 1], randint(0, ink.shape[1]), 1)
+            ink = np.concatenate([np.maximum(ink[:part], other), ink[part:]])
+    return ink
+
+
+def form_lines(ink, share=1.0, numbers=(1, 1, 2, 3, 4)):
+    """Underlined, some dotted, between rules or, with all four lines, in a box."""
+    h, w = ink.shape
+    top, bottom, _, _ = ink_box(ink, 0.3)
+    low, high = bottom + uniform(-0.12, 0.12) * h, top - uniform(0.03, 0.2) * h
+    left, right, tilt = (uniform(-0.1, 0.1) * h for _ in range(3))
+    lines = [((0, low), (w, low + tilt / 5)), ((0, high), (w, high + tilt / 5))]
+    lines += [((left, 0), (left, h)), ((w - 1 - right, 0), (w - 1 - right, h))]
+    lines = lined(np.zeros_like(ink), lines[: choice(numbers)], (0.4, 1))
+    lines *= (np.arange(w) % 6 < 3) | (not chance(0.1))  # some dotted, to write on
+    return np.maximum(ink, lines) if chance(share) else ink
+
+
+def fields(ink, edges):
+    """In the fields of a form, boxes or a comb; edges: where they begin and end, in pixels."""
+    h, w = ink.shape
+    top, bottom = uniform(0, 0.08) * h, h - 1 - uniform(0, 0.08) * h
+    start = choice([top, top, bottom - uniform(0.1, 0.35) * h])
+    lines = [((x, start), (x, bottom)) for x in edges]
+    lines += [((edges[0], y), (edges[-1], y)) for y in {bottom, top if start == top else bottom}]
+    rim = randint(0, 3)  # how the fields are cut out of the form
+    return lined(ink, lines)[rim : h - rim, rim : w - rim]
 
 
 def stamped(ink, edges):
@@ -692,882 +718,433 @@ def stamped(ink, edges):
     for left, right in zip(edges, edges[1:]):
         alone = np.zeros_like(ink)
         alone[:, left:right] = ink[:, left:right]
-        turn = cv2().getRotationMatrix2D(((left + right) / 2, h / 2), random.gauss(0, 8), random.uniform(0.8, 1))
-        turn[:, 2] += random.uniform(-0.06, 0.06) * h, random.uniform(-0.08, 0.08) * h
-        page = np.maximum(page, cv2().warpAffine(alone, turn, (w, h)) * random.uniform(0.6, 1))
-    return worn(page) if chance(0.3) else tones(page, random.randint(0, 110), random.randint(190, 255), random.choice([0, 3, 8]))
+        turn = cv2.getRotationMatrix2D(((left + right) / 2, h / 2), gauss(0, 8), uniform(0.8, 1))
+        turn[:, 2] += uniform(-0.06, 0.06) * h, uniform(-0.08, 0.08) * h
+        page = np.maximum(page, cv2.warpAffine(alone, turn, (w, h)) * uniform(0.6, 1))
+    return page
 
 
-def pen(ink):
-    """By pen: pressure that varies along the line."""
-    thin, thick = (change(ink, np.ones((2, 2), np.uint8)) for change in (cv2().erode, cv2().dilate))
-    pressure = slow_field(ink.shape, 4) * random.uniform(0.3, 1)
-    ink = np.where(pressure < 0.35, 0.4 * ink + 0.6 * thin, ink + (pressure - 0.35) * (thick - ink))
-    return tones(ink, random.randint(0, 120), random.randint(205, 255), random.choice([0, 3, 6]))
-
-
-def pencil(ink):
-    """By pencil: grey, and only where the paper's grain takes it."""
-    grain = randoms().random(ink.shape, dtype=np.float32)
-    ink = ink * (1 - random.uniform(0.3, 0.7) * grain) * (0.65 + 0.35 * slow_field(ink.shape, 4))
-    return tones(ink, random.randint(70, 150), random.randint(215, 250), random.choice([2, 4, 6]))
-
-
-def marker(ink):
-    """By felt pen: broad, its corners round."""
-    size = max(2, round(ink.shape[0] * random.uniform(0.04, 0.08)))
-    ink = cv2().dilate(ink, cv2().getStructuringElement(cv2().MORPH_ELLIPSE, (size, size)))
-    ink = cv2().GaussianBlur(ink, (0, 0), random.uniform(0.5, 1)) * (0.8 + 0.2 * slow_field(ink.shape, 5))
-    return tones(ink, random.randint(0, 100), random.randint(200, 255), random.choice([0, 3, 6]))
-
-
-def ruled(ink):
-    """On ruled or squared paper."""
-    ink = random_box(ink, 0.3)
+def scratches(ink):
+    """Scratches and folds from side to side, of ink or of paper, and specks."""
     h, w = ink.shape
-    pitch, place, tilt = random.uniform(0.3, 0.9) * h, random.uniform(0, 1) * h, random.uniform(-0.03, 0.03) * h
-    lines = [((0, y), (w, y + tilt)) for y in np.arange(place % pitch, h, pitch)]
-    if chance(0.35):
-        lines += [((x, 0), (x - tilt, h)) for x in np.arange(random.uniform(0, pitch), w, pitch)]
-    page = np.maximum(ink, strokes((h, w), lines, random.choice([1, 1, 2])) * random.uniform(0.15, 0.6))
-    return tones(page, random.randint(0, 110), random.randint(205, 255), random.choice([0, 3, 6]))
+    # Only in wide images: in narrow ones a scratch could be taken for a slash.
+    number = choice([0, 1, 2, 4]) if w > 1.5 * h else 0
+    ends = [((0, uniform(-0.5, 1.5) * h), (w, uniform(-0.5, 1.5) * h)) for _ in range(number)]
+    lines = lined(np.zeros_like(ink), ends, (0.2, 0.7), (1, 1, 1, 2))
+    specks = generator().random(ink.shape, dtype=np.float32) < choice([0, 0, 0.004, 0.012])
+    return ink * (1 - lines) if chance(0.25) else np.maximum(np.maximum(ink, lines), specks)
 
 
-class Style(NamedTuple):
-    weight: float  # how often, against the others of its kind
-    finish: Callable | None = None  # one of the functions above
-    texts: dict | None = None  # kinds of text and their weights, see random_text; None: those of its kind
-    fonts: str = ""  # regular expression that the names of its font files match, where there are any
-    cells: bool = False  # every character in a field of its own: finish is given the ink and the columns of their edges
+def bold(ink, size=(0.04, 0.08), share=1.0):
+    """By a felt pen or a heavy press, its corners round."""
+    d = max(2, round(uniform(*size) * len(ink)))
+    ball = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (d, d))
+    return cv2.dilate(ink, ball) if chance(share) else ink
 
 
-MONO, NARROW = "mono|coding|cousine|special|inconsolata|cascadia|code", "condensed|narrow|mono|oswald|teko|league|abel|dosis"
-FIELDS = dict(code=4, number=4, words=3, letters=2, single=4)
-NUMBERS = dict(number=8, item=5, words=3, code=3, punctuated=2)
-STYLES = {
-    PRINTED: {
-        "form": Style(3, form), "fields": Style(1.5, on_cells, FIELDS, cells=True), "typewriter": Style(1, typewriter, fonts=MONO),
-        "dot matrix": Style(0.5, dot_matrix, NUMBERS, fonts=f"{MONO}|vt323|dot|pixel|press|silk|tiny"),
-        "receipt": Style(2, receipt, NUMBERS, fonts=NARROW), "photograph": Style(3, photograph), "margins": Style(2, margins),
-        "label": Style(2, label, dict(code=6, number=3, words=5, punctuated=1, single=1)), "low resolution": Style(2, low_resolution),
-        "worn": Style(1.5, worn), "stamped": Style(1, stamped, dict(code=6, number=3, words=1, letters=1), cells=True),
-    },
-    HAND: {
-        "pen": Style(3, pen), "pencil": Style(2, pencil), "marker": Style(1.5, marker), "ruled": Style(3, ruled), "form": Style(1.5, form),
-        "fields": Style(2, on_cells, FIELDS, cells=True), "photograph": Style(2, photograph), "margins": Style(1, margins), "worn": Style(1, worn),
-    },
-}
-PLAIN = Style(0)
+def pressed(ink):
+    """By pen: pressure that varies along the line."""
+    thin, thick = (change(ink, np.ones((2, 2), np.uint8)) for change in (cv2.erode, cv2.dilate))
+    pressure = clouds(ink.shape, 4) * uniform(0.3, 1)
+    light, heavy = 0.4 * ink + 0.6 * thin, ink + (pressure - 0.35) * (thick - ink)
+    return np.where(pressure < 0.35, light, heavy)
 
 
-def pick_style(kind, cells=True):
-    """The name of a style of a kind, and the Style; PLAIN for all but STYLED of the pictures."""
-    styles = {name: style for name, style in STYLES[kind].items() if cells or not style.cells}
-    if not chance(STYLED):
-        return "plain", PLAIN
-    name = random.choices(list(styles), [style.weight for style in styles.values()])[0]
-    return name, styles[name]
+def blur(ink, sigma=(0.4, 0.9), share=1.0):
+    return cv2.GaussianBlur(ink, (0, 0), uniform(*sigma)) if chance(share) else ink
 
 
-def in_cells(text, draw, height):
-    """Characters side by side in fields of one width. draw(c): ink (height, w). Returns ink (H, W) and the fields' edges, in pixels."""
-    glyphs = [draw(c) for c in text]
-    pitch = round(max(max(glyph.shape[1] for glyph in glyphs) * random.uniform(1.05, 1.4), height * random.uniform(0.4, 0.9))) + 2
-    ink = np.zeros((round(height * random.uniform(1.05, 1.4)), pitch * len(text) + 1), np.float32)
-    edges = [pitch * i for i in range(len(text) + 1)]
-    y = random.randint(0, ink.shape[0] - height)
-    for glyph, edge in zip(glyphs, edges):
-        room = pitch - glyph.shape[1]
-        x = edge + round(room * random.uniform(0.35, 0.65))
-        up = max(0, min(ink.shape[0] - height, y + random.randint(-height // 20, height // 20)))
-        ink[up:up + height, x:x + glyph.shape[1]] = glyph
-    return ink, edges
+def snapped(ink):
+    """Seen at an angle by a camera that is out of focus or shaken."""
+    h, w = ink.shape
+    corners = np.float32([(0, 0), (w, 0), (w, h), (0, h)])
+    moved = corners + (generator().random((4, 2), dtype=np.float32) - 0.5) * 0.14 * h
+    ink = cv2.warpPerspective(ink, cv2.getPerspectiveTransform(corners, moved), (w, h))
+    if chance(0.5):
+        return blur(ink, (0.4, h / 30))
+    length = randint(2, max(2, h // 14))
+    line = np.zeros((2 * length + 1,) * 2, np.float32)
+    line[length, length - length // 2 : length + length // 2 + 1] = 1
+    turn = cv2.getRotationMatrix2D((length, length), uniform(0, 180), 1)
+    kernel = cv2.warpAffine(line, turn, line.shape)
+    return cv2.filter2D(ink, -1, kernel / kernel.sum())
 
 
-def typed(character, face):
-    """A character as ink (line height, its own width)."""
-    left, _, right, _ = face.getbbox(character)
-    image = Image.new("L", (max(1, right - left), sum(face.getmetrics())))
-    ImageDraw.Draw(image).text((-left, 0), character, font=face, fill=255)
-    return np.asarray(image, dtype=np.float32) / 255
+def faded(ink, patches=4, least=0.65, grain=0.0, dead=0.0):
+    """Unevenly inked; grain: only where the paper takes it; dead: share of rows left out."""
+    ink = ink * (least + (1 - least) * clouds(ink.shape, patches))
+    ink = ink * (1 - uniform(0.4, 1) * grain * generator().random(ink.shape, dtype=np.float32))
+    rows = np.where(generator().random((len(ink), 1)) < uniform(0, dead), uniform(0.2, 0.8), 1)
+    columns = np.where(generator().random((1, ink.shape[1])) < 0.15 * dead, 0.3, 1)
+    return (ink * rows * columns).astype(np.float32)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# TRDG
-
-@lru_cache(maxsize=4096)
-def typeface(font, size):
-    """A font at a size in pixels: a file, or Font.face. TRDG calls it by these names."""
-    path, *loan = font.split(LOAN)
-    return WithLoan(path, size, *loan) if loan else ImageFont.truetype(path, size, layout_engine=ImageFont.Layout.BASIC)
-
-
-class WithLoan(ImageFont.FreeTypeFont):
-    """A font that borrows characters from another, and sets them on its own baseline. What TRDG asks of a font, and no more."""
-
-    def __init__(self, path, size, lender, borrowed):
-        super().__init__(path, size, layout_engine=ImageFont.Layout.BASIC)
-        self.lender, self.borrowed = typeface(lender, size), borrowed
-        self.lower = self.getmetrics()[0] - self.lender.getmetrics()[0]  # of the other's ascender line, in pixels
-
-    def runs(self, text):
-        """(whether it is borrowed, the characters) for every part of a text."""
-        return [(loan, "".join(part)) for loan, part in groupby(text, lambda c: c in self.borrowed)]
-
-    def getlength(self, text, *args, **options):
-        return sum((self.lender if loan else super(WithLoan, self)).getlength(part, *args, **options) for loan, part in self.runs(text))
-
-    def getbbox(self, text, *args, **options):
-        mask, (x, y) = self.getmask2(text, "L", *args, **options)
-        return x, y, x + mask.size[0], y + mask.size[1]
-
-    def getmask2(self, text, mode="", *args, **options):
-        if not set(text) & set(self.borrowed):
-            return super().getmask2(text, mode, *args, **options)
-        x, parts = 0, []
-        for loan, part in self.runs(text):
-            mask, (left, top) = (self.lender if loan else super()).getmask2(part, mode, *args, **options)
-            parts.append((mask, round(x) + left, max(0, top + self.lower) if loan else top))
-            x += (self.lender if loan else super()).getlength(part)
-        left, top = min(p[1] for p in parts), min(p[2] for p in parts)
-        size = max(p[1] + p[0].size[0] for p in parts) - left, max(p[2] + p[0].size[1] for p in parts) - top
-        together = Image.new("L", size)
-        for mask, x, y in parts:
-            box = (x - left, y - top, x - left + mask.size[0], y - top + mask.size[1])
-            together.paste(ImageChops.lighter(together.crop(box), Image.frombytes("L", mask.size, bytes(mask))), box)
-        return together.im, (left, top)
+def coarse(ink, rows=(11, 18)):
+    """Scanned in so few rows, and enlarged again."""
+    h, w = ink.shape
+    n = randint(*rows)
+    small = cv2.resize(ink, (max(4, round(w * n / h)), n), interpolation=cv2.INTER_AREA)
+    how = choice([cv2.INTER_NEAREST, cv2.INTER_LINEAR, cv2.INTER_CUBIC])
+    return cv2.resize(small, (w, h), interpolation=how).clip(0, 1)
 
 
-@cache
-def trdg_generator():
-    """TRDG's generator class, repaired for Pillow >= 10 and made about three times faster, once per process.
-
-    TRDG 1.8.0 asks fonts for getsize, which Pillow removed (its issues 315 and 343). Here the height of a line is the
-    font's own line box instead, so that a comma stays low and a quote high. It also reads the font file anew for every
-    picture and shapes every character twice; typeface's cache and basic layout change no picture of Latin text but its kerning.
-    """
-    try:
-        with contextlib.redirect_stdout(None):  # it prints that its handwriting network, not used here, lacks modules
-            from trdg import computer_text_generator
-            from trdg.generators import GeneratorFromStrings
-    except ImportError as error:
-        raise SystemExit(f"{TRDG_MISSING} ({error})")
-    computer_text_generator.ImageFont = SimpleNamespace(truetype=typeface)
-    computer_text_generator.get_text_height = lambda font, text: max(sum(font.getmetrics()), font.getbbox(text)[3])
-    return GeneratorFromStrings
+def dots(ink):
+    """Of needles or lamps: one dot per cell of a coarse grid."""
+    rows, pitch = randint(17, 23), choice([3, 4])
+    columns = max(4, round(ink.shape[1] * rows / len(ink)))
+    cells = cv2.resize(ink, (columns, rows), interpolation=cv2.INTER_AREA) > 0.33
+    place = np.linspace(-1, 1, pitch + 1)[:-1] + 1 / pitch
+    dot = (uniform(1.15, 1.6) - np.hypot(*np.meshgrid(place, place))).clip(0, 1)
+    return np.kron(cells, dot).astype(np.float32)  # (rows, columns) -> times pitch each
 
 
-def draw_line(text, font, alone=False, plain=True):
-    """A grey picture of text in a font, through TRDG, its margins cut at random. None when TRDG clipped or lost the ink.
+def struck(ink):
+    """Letter by letter, as typewriters do: none quite on the line, some faint, some twice."""
+    inked = ink.max(0) > 0.2
+    letters = np.cumsum(np.diff(inked, prepend=False) & inked) * inked  # whose letter a column is
+    page = ink.copy()
+    for n in range(1, letters.max() + 1):
+        columns, move = letters == n, randint(-1, 1) * max(1, len(ink) // 40)
+        page[:, columns] = np.roll(ink[:, columns], move, 0) * uniform(0.55, 1)
+    return np.maximum(page, 0.5 * np.roll(page, 1, 1)) if chance(0.2) else page
 
-    plain: in TRDG's own looks; else black on white, for a style to go on with. TRDG's canvas ends where the last character's
-    advance ends and cuts what reaches beyond; a space on either side makes room for it.
-    """
-    colour = random.choice(["#000000,#505050"] * 6 + ["#404040,#808080", "#000060,#4040A0", "#600000,#A04040"]) if plain else "#000000"
-    height = random.randrange(24, 53, 2)  # of the line box, in pixels; even, so that the cache holds every font at every size
-    wave = random.random() < 0.08 and height >= 36  # TRDG moves rows and columns by up to the root of the height
-    image, mask = next(trdg_generator()(
-        [f" {text} "], count=1, fonts=[font.face], size=height, text_color=colour,
-        word_split=random.random() < 0.9, character_spacing=random.choice([0, 0, 1, 2, height // 12]),
-        space_width=random.uniform(1, 1.7), skewing_angle=random.choice([0, 0, 1, 2, 3]), random_skew=True,
-        distorsion_type=random.randint(1, 2) if wave else 0, distorsion_orientation=random.randint(0, 2),  # not 3: it tears strokes
-        background_type=random.choice([0, 1]) if plain else 1, blur=random.choice([0, 0, 0.6, 1]) if plain else 0, random_blur=True,
-        margins=(0, 0, 0, 0), output_mask=True))[0]
-    box = mask.getbbox()  # not in grey: TRDG numbers the characters in the mask's blue, and the first are nearly black
-    if box is None or box[0] < 2 or box[2] > mask.width - 2:
-        return None
-    left, top, right, bottom = random_margins(box, image.size, tight=not alone and len(text) > 2 and random.random() < 0.5)
-    image = image.convert("L").crop((left, top, right, bottom))
-    if image.getextrema()[0] > 200:  # a thin dash, turned, may be in the mask alone
-        return None
-    if random.random() < 0.3:  # condensed and extended
-        image = image.resize((max(4, round(image.width * 2 ** random.uniform(-0.6, 0.4))), image.height), Image.Resampling.BILINEAR)
+
+def tones(ink, dark=(0, 110), light=(190, 255), grain=(0, 3, 6), **rare):
+    """Ink (H, W) of a tone on paper of another, with noise, as an image, uint8 (H, W)."""
+    # Rare: shade, how unevenly the paper is lit, and in how many patches; waves, as on cheques, and
+    # light_on_dark, shares; jpeg, a range of qualities.
+    paper = np.float32(randint(*light))
+    if "shade" in rare:
+        uneven = clouds(ink.shape, uniform(*rare["patches"]))  # (H, W)
+        if chance(rare.get("waves", 0)):
+            y, x = np.mgrid[: len(ink), : ink.shape[1]].astype(np.float32)
+            across = (x * uniform(-1, 1) + y * uniform(-1, 1)) * uniform(8, 25) / len(ink)
+            uneven = 0.5 + 0.5 * np.sin(across + 3 * uneven)
+        paper = paper * (1 - uniform(0, rare["shade"]) * uneven)
+    image = paper * (1 - ink * (1 - randint(*dark) / 255)) + noise(ink.shape, choice(grain))
+    image = image.clip(0, 255).round().astype(np.uint8)
+    image = 255 - image if chance(rare.get("light_on_dark", 0)) else image
+    if "jpeg" in rare:
+        quality = [cv2.IMWRITE_JPEG_QUALITY, randint(*rare["jpeg"])]
+        image = cv2.imdecode(cv2.imencode(".jpg", image, quality)[1], cv2.IMREAD_GRAYSCALE)
     return image
 
 
-def random_margins(box, size, tight):
-    """Cut a picture at random, 2 pixels or more outside its ink box. Returns the box to keep.
-
-    Its height is kept unless tight: the size and the place of characters that stand alone tell c from C and a comma from a quote.
-    """
-    (left, top, right, bottom), (width, height) = box, size
-    left, right = random.randint(0, max(0, left - 2)), width - random.randint(0, max(0, width - right - 2))
-    if tight:
-        top, bottom = random.randint(0, max(0, top - 2)), height - random.randint(0, max(0, height - bottom - 2))
-    else:
-        top, bottom = 0, height
-    return left, top, right, bottom
-
-
-def draw_text(split, kind, text, alone, style):
-    """Draw a text in a random font of a kind and in a style. None when no font can show all its characters, or its ink was clipped."""
-    font = pick_font(text, kind, split, alone, style.fonts)
-    if not font:
-        return None
-    warped = kind == HAND and to_be_warped(split)
-    if style.cells:
-        face = typeface(font.face, random.randrange(24, 45, 2))
-        draw = lambda c: as_by_another(typed(c, face)) if warped else typed(c, face)
-        return Image.fromarray(style.finish(*in_cells(text, draw, sum(face.getmetrics()))))
-    image = draw_line(text, font, alone, plain=style.finish is None)
-    if image and warped:
-        image = Image.fromarray(as_by_another(np.asarray(image)))
-    return Image.fromarray(style.finish(ink_of(image))) if image and style.finish else image
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# EMNIST
-
-def find_emnist():
-    """Whether the EMNIST files are there, after a download where there is a network. Prints what to do where they are not."""
-    from torchvision.datasets import EMNIST
-
-    raw = Path(DATASETS_DIR) / "emnist" / "EMNIST" / "raw"
-    try:
-        for train in (True, False):
-            EMNIST(str(Path(DATASETS_DIR) / "emnist"), split="byclass", train=train)
-        return True
-    except RuntimeError:  # torchvision's word for files that are not there
-        reason = probe(EMNIST.url)
-    except (OSError, ValueError, AssertionError) as error:
-        reason = f"the files in {raw} are damaged ({error})"
-    if not reason:
-        try:
-            EMNIST(str(Path(DATASETS_DIR) / "emnist"), split="byclass", download=True)
-            return True
-        except (OSError, RuntimeError, ValueError, EOFError) as error:
-            reason = f"the download broke off ({error})"
-    print(f"EMNIST is missing: {reason}. The sources emnist_images, emnist_words and emnist_math are left out, and the script goes on; a "
-          f"model trained from nothing without them read 55 % of single handwritten characters instead of 87 %. To have them, put "
-          f"the four files emnist-byclass-{{train,test}}-{{images-idx3,labels-idx1}}-ubyte, from the archive "
-          f"{EMNIST.url} (about 560 MB), unpacked, into {raw.as_posix()}/ and run this script again.", flush=True)
-    return False
+# weight: how often, against the others of its kind; effects: what is done to the ink, one after the
+# other, the first with the fields' edges where there are cells, one character in each; tones: see
+# tones(); texts: a mix, else that of the source; fonts: pattern for the names of its font files.
+Style = namedtuple("Style", "weight effects tones texts fonts cells", defaults=[{}, "", "", False])
+MONO = "mono|coding|cousine|[Ss]pecial|inconsolata|cascadia|code"
+NARROW = "[Cc]ondensed|narrow|mono|oswald|teko|league|abel|dosis"
+NEEDLES = f"{MONO}|vt323|dot|pixel|press|silk|tiny"
+CLEAN, LIGHT = dict(dark=(0, 90), light=(205, 255)), dict(light=(205, 255))
+NEEDLE, FAINT = CLEAN | dict(light_on_dark=0.2), dict(dark=(40, 150), light=(215, 250))
+UNEVEN, USED = dict(shade=0.5, patches=(0.3, 1.2)), dict(shade=0.25, patches=(2, 10), waves=0.3)
+SNAPSHOT = UNEVEN | dict(dark=(13, 128), light=(140, 250), grain=(2, 5, 9), jpeg=(20, 75))
+USED |= dict(dark=(13, 102), light=(160, 250), grain=(2, 5, 10, 18))
+PLATE = dict(dark=(0, 130), light=(130, 255), grain=(0, 2, 5), light_on_dark=0.5)
+HEATED = [partial(faded, patches=2, least=0.6, dead=0.15), partial(coarse, rows=(15, 24))]
+WEAVE = partial(faded, patches=14, least=0.45)  # of an inked ribbon
+PRESS = partial(bold, size=(0, 0.06), share=0.3)
+FRAME = partial(form_lines, share=0.35, numbers=[4])
+ALL_KINDS = {
+    "form": Style(2.5, [room, neighbours, form_lines], CLEAN),
+    "fields": Style(1.5, [fields, partial(room, most=0.12)], CLEAN, "fields", cells=True),
+    "photograph": Style(2.5, [partial(room, least=0.08, most=0.33), snapped], SNAPSHOT),
+    "margins": Style(1.5, [margins]),
+    "worn": Style(1.2, [room, scratches], USED),
+}
+STYLES = {
+    PRINTED: {
+        "plain": Style(0, [partial(blur, share=0.4)], LIGHT),
+        "typewriter": Style(1, [struck, blur, WEAVE], CLEAN, fonts=MONO),
+        "dot matrix": Style(0.5, [dots, faded], NEEDLE, "receipt", NEEDLES),
+        "receipt": Style(2, HEATED, FAINT, "receipt", NARROW),
+        "label": Style(2, [PRESS, room, FRAME], PLATE, "label"),
+        "low resolution": Style(2, [coarse], dict(jpeg=(30, 95))),
+        "stamped": Style(1, [stamped, partial(blur, share=0.3)], {}, "stamp", cells=True),
+    }
+    | ALL_KINDS,
+    HANDWRITTEN: {
+        "plain": Style(0, [partial(blur, share=0.3)]),
+        "pen": Style(3, [pressed], LIGHT),
+        "pencil": Style(2, [partial(faded, grain=0.7)], FAINT),
+        "marker": Style(1.5, [bold, blur, faded]),
+        "ruled": Style(3, [room, rules], LIGHT),
+    }
+    | ALL_KINDS,
+}
+STYLES[EMNIST] = STYLES[HANDWRITTEN]
 
 
-def probe(url):
-    """Why a server cannot be reached, or None when it answers. In a thread, because looking up a name knows no timeout."""
-    answers = []
-
-    def ask():
-        try:
-            urllib.request.urlopen(url, timeout=EMNIST_PROBE_SECONDS).close()
-            answers.append(None)
-        except (OSError, ValueError) as error:
-            answers.append(f"the server cannot be reached ({error})")
-
-    thread = threading.Thread(target=ask, daemon=True)
-    thread.start()
-    thread.join(EMNIST_PROBE_SECONDS)
-    return answers[0] if answers else f"the server did not answer within {EMNIST_PROBE_SECONDS} seconds"
+def pick_style(row, styled):
+    """The name of a style for a Source, and the Style: plain for all but a share of the images."""
+    styles = {n: style for n, style in STYLES[row.kind].items() if row.cell_pen or not style.cells}
+    weights = [style.weight for style in styles.values()]
+    name = random.choices(list(styles), weights)[0] if chance(styled) else "plain"
+    return name, styles[name]
 
 
-@cache
-def emnist(datasets_dir, seed, split):
-    """Upright EMNIST characters of a split, white on black, uint8 (n, 28, 28), in a shuffled order, with their labels, str (n,).
-
-    Test rows come from EMNIST's test file; of its train file, one character in 20 is kept for validation.
-    """
-    from torchvision.datasets import EMNIST
-    data = EMNIST(str(Path(datasets_dir) / "emnist"), split="byclass", train=split != "test")
-    images = data.data.numpy().transpose(0, 2, 1)  # stored with rows and columns swapped -> (n, rows, columns)
-    labels = np.array(list(ALPHANUMERIC))[data.targets.numpy()]
-    order = np.random.default_rng(seed).permutation(len(images))
-    if split != "test":
-        order = order[(order % CYCLE == 0) == (split == "val")]
-    return np.ascontiguousarray(images[order]), labels[order]
+def finish(ink, edges, style):
+    """Ink (H, W) and the edges of its fields, if any, in a style: an image, uint8 (H, W)."""
+    first, *rest = style.effects
+    ink = first(ink, edges) if style.cells else first(ink)
+    for effect in rest:
+        ink = effect(ink)
+    return tones(ink, **style.tones)
 
 
-@cache
-def emnist_places(datasets_dir, seed, split):
-    """For each character, where it stands in the arrays of emnist."""
-    labels = emnist(datasets_dir, seed, split)[1]
-    return {c: np.flatnonzero(labels == c) for c in ALPHANUMERIC if (labels == c).any()}
+# --------------------------------------------------------------------------------------------------
+# Samples
 
-
-def emnist_count(number):
-    """How many single characters can be drawn without drawing one twice."""
-    have = {split: len(emnist(DATASETS_DIR, SEED, split)[0]) for split in ("train", "val", "test")}
-    while number and any(rank >= have[split] for split, rank in map(split_and_rank, range(max(0, number - CYCLE), number))):
-        number -= 1
-    return number
-
-
-@cache
-def emnist_looks(datasets_dir, seed, split):
-    """Of every EMNIST character of a split: stroke width and height, in pixels, and slant, in columns per row, against its class. (n, 3)."""
-    images, labels = emnist(datasets_dir, seed, split)
-    looks = np.empty((len(images), 3), np.float32)
-    rows, columns = np.mgrid[:28, :28].astype(np.float32)
-    for start in range(0, len(images), 4096):
-        ink = (images[start:start + 4096] > 100).astype(np.float32)  # (n, 28, 28)
-        area = ink.sum((1, 2)).clip(1)
-        edge = np.abs(np.diff(ink, axis=1)).sum((1, 2)) + np.abs(np.diff(ink, axis=2)).sum((1, 2))  # perimeter
-        y, x = ((ink * place).sum((1, 2)) / area for place in (rows, columns))  # the centre
-        dy, dx = rows - y[:, None, None], columns - x[:, None, None]
-        slant = -(ink * dx * dy).sum((1, 2)) / (ink * dy * dy).sum((1, 2)).clip(1)
-        looks[start:start + 4096] = np.stack([2.5 * area / edge.clip(1), ink.max(2).sum(1), slant], 1)
-    for c in ALPHANUMERIC:  # an L leans to nobody's side
-        if (labels == c).any():
-            looks[labels == c, 2] -= np.median(looks[labels == c, 2])
-    return looks
-
-
-class Hand(NamedTuple):
-    """One person's way to write: all in parts of a capital's height, but the slant, in columns per row."""
-    capital: int  # height of a capital letter, in pixels
-    stroke: float
-    slant: float
-    looseness: float  # how much sizes, places and spaces vary
-    spacing: float  # between characters; below 0 they touch
-
-
-def random_hand():
-    return Hand(random.randint(20, 34), random.uniform(0.08, 0.2), random.gauss(0, 0.2), random.uniform(0.02, 0.1),
-                random.uniform(-0.1, 0.3))
-
-
-X_HEIGHT = dict.fromkeys("acemnorsuvwxz", 0.68)  # height against a capital's; EMNIST scales every character to one size
-DESCENT = dict(g=0.3, j=0.28, p=0.3, q=0.3, y=0.3)  # how far below the baseline, against a capital's height
-BAR, UPPER, LOWER = [(0, 0.56), (0.42, 0.56)], [(0, 0.46), (0.42, 0.46)], [(0, 0.68), (0.42, 0.68)]
-SIGNS = {  # what EMNIST lacks, as strokes through points (x, y): y is 0 at a capital's top and 1 at the baseline
-    "+": [BAR, [(0.21, 0.3), (0.21, 0.82)]], "-": [BAR], "=": [UPPER, LOWER], "≠": [UPPER, LOWER, [(0.34, 0.25), (0.08, 0.9)]],
-    "×": [[(0, 0.35), (0.42, 0.8)], [(0.42, 0.35), (0, 0.8)]], "÷": [BAR, [(0.2, 0.33), (0.22, 0.35)], [(0.2, 0.78), (0.22, 0.8)]],
-    "±": [UPPER, [(0.21, 0.22), (0.21, 0.7)], [(0, 0.86), (0.42, 0.86)]], "^": [[(0, 0.28), (0.18, 0), (0.36, 0.28)]],
-    "√": [[(0, 0.6), (0.1, 0.52), (0.24, 1), (0.44, -0.02), (0.85, -0.04)]], "_": [[(0, 1.12), (0.55, 1.12)]],
-    "π": [[(0, 0.44), (0.08, 0.36), (0.6, 0.36)], [(0.18, 0.38), (0.14, 1)], [(0.43, 0.38), (0.43, 0.92), (0.52, 0.98)]],
-    "<": [[(0.4, 0.3), (0, 0.58), (0.4, 0.86)]], ">": [[(0, 0.3), (0.4, 0.58), (0, 0.86)]],
-    "≤": [[(0.4, 0.22), (0, 0.46), (0.4, 0.7)], [(0, 0.9), (0.4, 0.9)]], "≥": [[(0, 0.22), (0.4, 0.46), (0, 0.7)], [(0, 0.9), (0.4, 0.9)]],
-    "(": [[(0.22, -0.06), (0.06, 0.22), (0, 0.5), (0.06, 0.82), (0.22, 1.1)]], ")": [[(0, -0.06), (0.16, 0.22), (0.22, 0.5), (0.16, 0.82), (0, 1.1)]],
-    "[": [[(0.2, 0), (0, 0), (0, 1.1), (0.2, 1.1)]], "]": [[(0, 0), (0.2, 0), (0.2, 1.1), (0, 1.1)]],
-    "{": [[(0.26, 0), (0.13, 0.06), (0.13, 0.44), (0, 0.54), (0.13, 0.64), (0.13, 1.04), (0.26, 1.1)]],
-    "}": [[(0, 0), (0.13, 0.06), (0.13, 0.44), (0.26, 0.54), (0.13, 0.64), (0.13, 1.04), (0, 1.1)]],
-    "/": [[(0.42, -0.05), (0, 1.08)]], "\\": [[(0, -0.05), (0.42, 1.08)]], "|": [[(0, -0.1), (0, 1.2)]],
-    ".": [[(0, 0.97), (0.02, 0.99)]], ",": [[(0.08, 0.93), (0.07, 1.05), (0, 1.2)]], ":": [[(0, 0.5), (0.02, 0.52)], [(0, 0.95), (0.02, 0.97)]],
-    ";": [[(0.06, 0.5), (0.08, 0.52)], [(0.08, 0.92), (0.07, 1.04), (0, 1.18)]], "!": [[(0.02, 0), (0, 0.7)], [(0, 0.96), (0.02, 0.98)]],
-    "?": [[(0, 0.18), (0.1, 0.02), (0.3, 0.02), (0.4, 0.18), (0.34, 0.36), (0.2, 0.5), (0.2, 0.7)], [(0.2, 0.96), (0.22, 0.98)]],
-    "'": [[(0.02, 0), (0, 0.24)]], '"': [[(0.02, 0), (0, 0.24)], [(0.18, 0), (0.16, 0.24)]], "*": [[(0.15, 0.05), (0.15, 0.45)], [(0, 0.13), (0.3, 0.38)], [(0.3, 0.13), (0, 0.38)]],
-    "%": [[(0.56, 0), (0.06, 1)], [(0.12, 0.04), (0, 0.2), (0.12, 0.38), (0.24, 0.2), (0.12, 0.04)], [(0.5, 0.62), (0.38, 0.78), (0.5, 0.96), (0.62, 0.78), (0.5, 0.62)]],
-    "#": [[(0.2, 0), (0.1, 1)], [(0.48, 0), (0.38, 1)], [(0, 0.33), (0.56, 0.33)], [(0, 0.67), (0.56, 0.67)]],
-    "$": [[(0.46, 0.14), (0.26, 0.04), (0.06, 0.16), (0.08, 0.36), (0.28, 0.5), (0.48, 0.66), (0.44, 0.88), (0.24, 0.97), (0.02, 0.84)], [(0.26, -0.1), (0.26, 1.1)]],
+# kind: of what it is drawn with, and so of its styles; pick: a font or a hand for a label; pen: for
+# lines; texts: a mix; cell_pen: for characters in fields, if any. No pen: EMNIST as it is.
+Source = namedtuple("Source", "kind pick pen texts cell_pen", defaults=[None])
+SOURCES = {
+    "trdg_custom": Source(PRINTED, pick_font, trdg, "printed", typed),
+    "synthetic_math": Source(PRINTED, pick_font, typed, "math"),
+    "emnist_images": Source(EMNIST, None, None, ""),
+    "emnist_words": Source(EMNIST, pick_hand, composed, "emnist", composed),
+    "emnist_math": Source(EMNIST, pick_hand, composed, "math"),
+    "handwriting": Source(HANDWRITTEN, pick_font, typed, "by hand", typed),
 }
 
 
-def sign(character, hand):
-    """A sign that EMNIST lacks, as one would write it. Returns a picture, white on black, and how far it reaches below the baseline, in pixels."""
-    scale, width = hand.capital * random.gauss(1, hand.looseness), max(2, round(2 * hand.stroke * hand.capital))
-    lines = [np.array(line) + randoms().normal(0, 0.025, (len(line), 2)) for line in SIGNS[character]]
-    for _ in range(2):  # corners rounded by Chaikin's cutting, https://doi.org/10.1016/0146-664X(74)90028-8
-        lines = [np.concatenate([line[:1], *((line[i] * 3 + line[i + 1], line[i] + line[i + 1] * 3) / np.float64(4) for i in range(len(line) - 1)), line[-1:]])
-                 for line in lines]
-    points = np.concatenate(lines)
-    corner, reach = points.min(0), points.max(0)
-    mask = np.zeros(tuple(int(v) for v in np.ceil((reach - corner) * 2 * scale + 2 * width)[::-1] // 2 * 2 + 2), np.uint8)  # at twice the size
-    for line in lines:
-        cv2().polylines(mask, [np.round((line - corner) * 2 * scale + width).astype(np.int32)], False, 255, width, cv2().LINE_AA)
-    mask = cv2().resize(mask, (mask.shape[1] // 2, mask.shape[0] // 2), interpolation=cv2().INTER_AREA)
-    return Image.fromarray(mask), round((reach[1] - 1) * scale + width / 2)
-
-
-def handwritten(character, hand, split):
-    """A character of EMNIST, of several the one that suits the hand best, or a sign. Returns as sign does."""
-    if character in SIGNS:
-        return sign(character, hand)
-    images, _ = emnist(DATASETS_DIR, SEED, split)
-    candidates = random.choices(emnist_places(DATASETS_DIR, SEED, split)[character], k=8)
-    stroke, height, slant = emnist_looks(DATASETS_DIR, SEED, split)[candidates].T
-    size = X_HEIGHT.get(character, 1)
-    unlike = np.abs(np.log(stroke / height * size / hand.stroke)) + 2 * np.abs(slant - hand.slant)
-    glyph = images[candidates[int(unlike.argmin())]]  # (28, 28)
-    if to_be_warped(split):
-        glyph = as_by_another(glyph)
-    rows, columns = (np.flatnonzero(glyph.max(axis) > 60) for axis in (1, 0))
-    glyph = Image.fromarray(glyph[rows[0]:rows[-1] + 1, columns[0]:columns[-1] + 1])
-    scale = hand.capital * size * random.gauss(1, hand.looseness) / glyph.height
-    glyph = glyph.resize((max(1, round(glyph.width * scale)), max(4, round(glyph.height * scale))), Image.Resampling.BICUBIC)
-    return glyph, round(hand.capital * (DESCENT.get(character, 0) + random.gauss(0, hand.looseness)))
-
-
-def compose(text, split):
-    """Set characters side by side as one hand would: ink (H, W)."""
-    hand = random_hand()
-    capital = hand.capital
-    canvas = Image.new("L", (capital * 2 * (len(text) + 2), capital * 3))
-    baseline, x = capital * 2, capital
-    for c in text:
-        if c == " ":
-            x += round(capital * (random.uniform(0.5, 0.9) + max(0, hand.spacing)))
+def sample(source, index, settings):
+    """Image, uint8 (H, W), label, split and style of a sample: a pure function of its arguments."""
+    # All chance is Python's own, since TRDG draws from it; seeded by a string on every platform.
+    random.seed(f"{settings.seed} {source} {index}")
+    row, split = SOURCES[source], split_of(index)
+    if row.pen is None:
+        images, labels = emnist(settings, split)
+        place = index if split == "train" else index // CYCLE  # none twice
+        return 255 - images[place], str(labels[place]), split, "plain"
+    for _ in range(TRIES):
+        name, style = pick_style(row, settings.styled)
+        own = style.texts and row.cell_pen  # expressions stay expressions in every style
+        label, alone = pick_text(MIXES[style.texts if own else row.texts], split)
+        if not acceptable(label, settings):
             continue
-        glyph, below = handwritten(c, hand, split)
-        canvas.paste(glyph, (x, max(0, baseline + below - glyph.height)), glyph)
-        gap = max(hand.spacing, 0.12) if c in SIGNS else hand.spacing  # what touches a point or a dash would hide it
-        x += max(2, round(glyph.width + capital * (gap + random.gauss(0, hand.looseness))))
-    slant = random.gauss(0, 0.08)
-    canvas = canvas.transform(canvas.size, Image.Transform.AFFINE, (1, slant, -slant * baseline, 0, 1, 0), Image.Resampling.BILINEAR)
-    box = canvas.getbbox()
-    around = [random.randint(2, capital // 3) for _ in range(4)]
-    canvas = canvas.crop((box[0] - around[0], box[1] - around[1], box[2] + around[2], box[3] + around[3]))  # beyond the canvas: black
-    return np.asarray(canvas, dtype=np.float32) / 255
+        writer = row.pick(row.kind, label, alone, style.fonts, split, settings)  # a font or a hand
+        image = writer and draw(label, alone, row, style, writer, split, settings.warped)
+        if image is None:
+            continue
+        seen = load_image(image)  # the network must find room for the label, and ink
+        if frames_needed(label) <= num_frames(seen.shape[1]) and int((seen < 128).sum()) >= 3:
+            return image, label, split, name
+    remedy = f"widen CHARSET and MAX_LENGTH, or set NUM_IMAGES[{source!r}] = 0"
+    raise InputError(f"no {source} image in {TRIES} tries, the last label was {label!r}: {remedy}")
 
 
-def compose_cells(text, split):
-    """The same in the fields of a form. Returns ink (H, W) and the fields' edges."""
-    hand = random_hand()
-    height = round(hand.capital * 1.7)  # of a field's inside
-
-    def in_line(c):
-        if c == " ":
-            return np.zeros((height, 1), np.float32)
-        glyph, below = handwritten(c, hand, split)
-        ink = Image.new("L", (glyph.width, height))
-        ink.paste(glyph, (0, max(0, min(height - glyph.height, round(hand.capital * 1.3) + below - glyph.height))))
-        return np.asarray(ink, dtype=np.float32) / 255
-
-    return in_cells(text, in_line, height)
-
-
-EMNIST_TEXTS = dict(letters=42, number=22, mixed=12, code=12, words=7, name=5)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# One sample per call. Each function is given an index, draws from the generators seeded by it, and returns a picture and
-# its label; the picture is None when this text cannot be drawn, and the next text is tried.
-
-def draw_trdg(index):
-    split, _ = split_and_rank(index)
-    name, style = pick_style(PRINTED)
-    text, alone = random_text(split, style.texts or PRINTED_TEXTS)
-    return draw_text(split, PRINTED, text, alone, style), text, name
-
-
-def draw_handwriting(index):
-    split, _ = split_and_rank(index)
-    name, style = pick_style(HAND)
-    text, alone = random_text(split, style.texts or HAND_TEXTS)
-    return draw_text(split, HAND, text, alone, style), text, name
-
-
-def draw_math(index):
-    split, _ = split_and_rank(index)
-    name, style = pick_style(PRINTED, cells=False)
-    text = random_math()
-    return draw_text(split, PRINTED, text, False, style), text, name
-
-
-def draw_emnist(index):
-    split, rank = split_and_rank(index)
-    images, labels = emnist(DATASETS_DIR, SEED, split)
-    return ImageOps.invert(Image.fromarray(images[rank])), str(labels[rank]), "plain"
-
-
-def draw_emnist_word(index):
-    split, _ = split_and_rank(index)
-    name, style = pick_style(HAND)
-    text, alone = random_text(split, style.texts or EMNIST_TEXTS)
-    if alone and set(text) & set("IlOo") and (len(text) == 1 or set(text) & set(string.digits)):
-        return None, text, name  # by hand these are 1 and 0, where no word says otherwise
-    return draw_composed(split, text, style), text, name
-
-
-def draw_emnist_math(index):
-    split, _ = split_and_rank(index)
-    name, style = pick_style(HAND, cells=False)
-    text = random_math()
-    return draw_composed(split, text, style), text, name
-
-
-def draw_composed(split, text, style):
-    """Draw a text in EMNIST characters, or None where it holds others."""
-    if not set(text) <= emnist_places(DATASETS_DIR, SEED, split).keys() | SIGNS.keys() | {" "} or len(text) > MAX_LENGTH:
+def draw(label, alone, row, style, writer, split, share):
+    """A label from pen to tones: an image, uint8 (H, W), or None. share: of what is warped."""
+    # Only in training rows: the others are to show fonts and characters as they are.
+    warp = row.kind != PRINTED and split == "train" and chance(share)
+    pen, texts = (row.cell_pen, label) if style.cells else (row.pen, [label])
+    inks = [pen(text, writer, split) for text in texts]  # (h, w) each
+    if any(ink is None for ink in inks):
         return None
+    inks = [bent(ink, warp) for ink in inks]
     if style.cells:
-        return Image.fromarray(style.finish(*compose_cells(text, split)))
-    ink = compose(text, split)
-    if not style.finish:
-        return Image.fromarray(tones(ink, random.randint(0, 90), random.randint(200, 255), random.choice([0, 2, 6])))
-    return Image.fromarray(style.finish(ink))
+        return finish(*in_cells(inks), style)
+    keep_height = alone or len(label) < 3 or chance(0.5)
+    return finish(cut_out(inks[0], keep_height), None, style)
 
 
-class Source(NamedTuple):
-    draw: Callable  # what draws one sample
-    number: str  # the constant that says how many
-    kinds: tuple  # of fonts; none: of EMNIST characters
+# --------------------------------------------------------------------------------------------------
+# Drawing, a chunk at a time. It is done when its csv, written last, is there with the present mark.
+
+# A task for a worker: so many samples of a source from index start on, their mark, and their csv
+Chunk = namedtuple("Chunk", "source start number mark settings csv")
 
 
-SOURCES = {  # name and folder
-    "trdg_custom": Source(draw_trdg, "NUM_TRDG", (PRINTED,)),
-    "synthetic_math": Source(draw_math, "NUM_MATH", (PRINTED,)),
-    "emnist_images": Source(draw_emnist, "NUM_EMNIST", ()),
-    "emnist_words": Source(draw_emnist_word, "NUM_EMNIST_WORDS", ()),
-    "emnist_math": Source(draw_emnist_math, "NUM_EMNIST_MATH", ()),
-    "handwriting": Source(draw_handwriting, "NUM_HANDWRITING", (HAND,)),
-}
-TRIES = 200  # texts tried for one sample
-CHUNK = 200  # samples that a worker draws at a time
-RUN_TOGETHER = re.compile(r"__|['\"`]{2}")  # nobody can count joined underscores, or tell two apostrophes from a quotation mark
-UNFRAMED = {"plain", "typewriter", "receipt", "low resolution", "pen", "pencil", "marker"}  # styles that draw nothing but the text
+def mark(source, settings):
+    """Changes with all that shapes the images of a source, but not with comments and numbers."""
+    row = SOURCES[source]
+    if row.kind == PRINTED:
+        settings = settings._replace(warped=0)
+    parts = [settings._replace(fonts_dir="", datasets_dir=""), version("pillow"), version("trdg")]
+    parts += [syntax(module) for module in (__file__, crnn.__file__)]
+    for font in find_fonts(settings)[0]:
+        if row.kind in (font.kind, EMNIST):
+            parts += [os.path.basename(font.path), font.held_out, os.path.basename(font.lender)]
+            parts += [zlib.crc32(Path(font.path).read_bytes())]
+    if row.kind == EMNIST:
+        splits = [emnist(settings, s) for s in ("train", "val", "test")]
+        parts += [zlib.crc32(images.data) for images, _ in splits]
+    return f"{zlib.crc32(repr(parts).encode()):08x}"
 
 
-class CannotDraw(Exception):
-    """No text of a source can be drawn with these constants. No SystemExit, which would end a worker without a word."""
+@cache
+def syntax(path):
+    """The code of a file without its comments and without the constants at its top."""
+    tree = ast.parse(Path(path).read_text(encoding="utf-8"))
+    # Numbers and places change nothing, and what is in the settings counts by its value.
+    free = {"NUM_IMAGES", "NUM_WORKERS", "DOWNLOAD_TIMEOUT", *SHAPING.upper().split()}
+    names = [getattr(getattr(part, "targets", [None])[0], "id", None) for part in tree.body]
+    return [ast.dump(part) for part, name in zip(tree.body, names) if name not in free]
 
 
-def fault(picture, source, style):
-    """What is wrong with a picture as the network will see it, uint8 (32, W), 255 = paper, in a word; None: nothing."""
-    if (picture < 128).sum() < 3:
-        return "blank"
-    if source != "emnist_images" and style in UNFRAMED and (picture[:, [0, -1]] < 80).mean(0).max() > 0.15:
-        return "clipped"
+def rows_of(chunk):
+    """The rows of a chunk that is done, a DataFrame, or None."""
+    with contextlib.suppress(InputError, KeyError):  # not there, or damaged
+        rows = read_labels(chunk.csv).head(chunk.number)
+        if len(rows) == chunk.number and (rows["mark"] == chunk.mark).all():
+            return rows[COLUMNS]
     return None
 
 
-def draw_sample(source, folder, index):
-    """Draw sample index of a source into folder. Returns file name, label, split and style."""
-    from crnn import frames_needed, load_image, num_frames
-
-    random.seed(f"{SEED} {source} {index}")  # of a string: the same on every platform
-    cv2().setRNGSeed(random.getrandbits(31))  # TRDG's noise
-    for _ in range(TRIES):
-        image, label, style = SOURCES[source].draw(index)
-        if image and 0 < len(label) <= MAX_LENGTH and label.strip() == label and set(label) <= set(CHARSET) \
-                and not RUN_TOGETHER.search(label):
-            picture = load_image(image).numpy()
-            if frames_needed(label) <= num_frames(picture.shape[1]) and not fault(picture, source, style):
-                break
-    else:
-        raise CannotDraw(f"no {source} picture could be drawn in {TRIES} tries (the last label was {label!r}): are CHARSET, "
-                         f"MAX_LENGTH and the fonts in {FONTS_DIR} too narrow for it? Set {SOURCES[source].number} = 0 to leave it out")
-    name = f"{index:05}.png"
-    image.save(Path(folder) / name, compress_level=1)
-    return name, label, split_and_rank(index)[0], style
+def draw_chunk(chunk):
+    """Draw a chunk's images and, when all are there, write its csv. Runs in the workers."""
+    cv2.setNumThreads(1)  # there is a worker to a processor already
+    chunk.csv.parent.mkdir(parents=True, exist_ok=True)
+    chunk.csv.unlink(missing_ok=True)  # its labels belong to the former images
+    rows, names = [], ["image_path", "mark", "source", "label", "split", "style"]
+    for index in range(chunk.start, chunk.start + chunk.number):
+        image, *facts = sample(chunk.source, index, chunk.settings)
+        path = chunk.csv.with_name(f"{index:05}.png")
+        Image.fromarray(image).save(path, compress_level=1)
+        rows.append((f"{chunk.source}/{path.name}", chunk.mark, chunk.source, *facts))
+    write_labels(pd.DataFrame(rows, columns=names), chunk.csv)
+    return chunk.number
 
 
-def draw_chunk(source, folder, fingerprint, indices):
-    """Draw some samples, and when all are there, write down what they are. Returns how many. Runs in the workers."""
-    cv2().setNumThreads(1)  # there is a worker to a processor already
-    rows = [draw_sample(source, folder, int(index)) for index in indices]
-    path = chunk_manifest(Path(folder), indices[0])
-    before = read_manifest(path, fingerprint)  # of a run that was interrupted, and whose pictures were then lost in part
-    write_manifest(path, fingerprint, sorted({*before, *rows}, key=index_of))
-    return len(rows)
+def write_labels(rows, csv_path):
+    """Write a DataFrame so that read_labels finds the same strings again; whole or not at all."""
+    with whole_file(csv_path) as temporary:
+        rows.to_csv(temporary, index=False, quoting=csv.QUOTE_ALL, lineterminator="\n")
 
 
-def start_worker(constants):
-    """Give a worker this process's constants: a spawned one has imported the script afresh and knows only its defaults."""
-    globals().update(constants)
+def draw_all(counts, settings):
+    """Draw what is missing, every process its share. Returns all chunks, and how many images."""
+    chunks = []
+    for source, count in counts.items():
+        present = mark(source, settings)
+        for start in range(0, count, CHUNK):
+            csv_path = Path(settings.datasets_dir) / source / f"{start:05}.csv"
+            number = min(CHUNK, count - start)
+            chunks.append(Chunk(source, start, number, present, settings, csv_path))
+    missing = [chunk for chunk in chunks if rows_of(chunk) is None]
+    crnn.wait_for_all()  # all have looked before anyone draws
+    if missing:  # the labels of the former images
+        (Path(settings.datasets_dir) / "data.csv").unlink(missing_ok=True)
+    mine, workers = missing[rank() :: crnn.world_size()], crnn.workers_per_process(NUM_WORKERS)
+    look = dict(total=sum(chunk.number for chunk in mine), unit="img", disable=rank() > 0 or None)
+    with contextlib.ExitStack() as stack:
+        bar = stack.enter_context(tqdm(desc="drawing", **look))  # None: no bar in a log file
+        each = map
+        if workers > 1 and len(mine) > 1:
+            each = stack.enter_context(ProcessPoolExecutor(workers)).map
+        for number in each(draw_chunk, mine):
+            bar.update(number)
+    crnn.wait_for_all()  # all have drawn
+    return chunks, sum(chunk.number for chunk in missing)
 
 
-def draw_chunks(source, chunks, folder, fingerprint):
-    """Draw this process's share of the chunks, arrays of indices, into folder, with NUM_WORKERS to a machine."""
-    from crnn import rank, workers_per_process, world_size
-
-    mine = chunks[rank()::world_size()]
-    draw, number = partial(draw_chunk, source, str(folder), fingerprint), workers_per_process(NUM_WORKERS)
-    with tqdm(total=sum(map(len, mine)), desc=f"{source:<15}", unit="img", smoothing=0.05, disable=rank() > 0) as bar:
-        if number <= 1 or len(mine) <= 1:
-            for done in map(draw, mine):
-                bar.update(done)
-            return
-        constants = {name: value for name, value in globals().items() if name.isupper() and name not in ("SOURCES", "STYLES", "PLAIN")}
-        with ProcessPoolExecutor(number, multiprocessing.get_context(START_METHOD), start_worker, (constants,)) as workers:
-            for done in workers.map(draw, mine):
-                bar.update(done)
+# --------------------------------------------------------------------------------------------------
+# What can be drawn, and what is written
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Manifests: what is drawn already, and with which constants. Each source's folder has one, and while it is being drawn every chunk.
+@cache
+def emnist_is_there(settings):
+    """Whether the EMNIST files are there, if need be after a download by the first process."""
+    from torchvision import datasets
 
-def fingerprint(source):
-    """A number that changes with all that shapes the pictures of a source, but for their number: constants, code, fonts, EMNIST."""
-    code = Path(__file__).read_text(encoding="utf-8").split("# " + "-" * 117)[2:]  # without the constants that the user edits
-    parts = ["".join(code), repr((SEED, CHARSET, MAX_LENGTH, STYLED, WARPED if SOURCES[source].kinds != (PRINTED,) else None))]
-    parts += [f"{Path(font.path).name} {font.held_out} {Path(font.loan).name} {zlib.crc32(Path(font.path).read_bytes())}"
-              for font in FONTS if font.kind in SOURCES[source].kinds]
-    if not SOURCES[source].kinds:
-        parts += [str(zlib.crc32(emnist(DATASETS_DIR, SEED, split)[0].data)) for split in ("train", "val", "test")]
-    return f"{zlib.crc32(chr(10).join(parts).encode()):08x}"
-
-
-def write_manifest(path, fingerprint, rows):
-    """One line with the fingerprint and one a row (name, label, split, style), as JSON. Returns how many rows."""
-    from crnn import whole_file
-
-    number = 0
-    with whole_file(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
-        print(json.dumps(fingerprint), file=file)
-        for number, row in enumerate(rows, start=1):
-            print(json.dumps(row), file=file)
-    return number
-
-
-def read_manifest(path, fingerprint):
-    """Yield the rows of a manifest with this fingerprint; of a damaged one those before the damage: the others are drawn again."""
+    folder, former = f"{settings.datasets_dir}/emnist", socket.getdefaulttimeout()
+    socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)  # torchvision's download has none of its own
     try:
-        with open(path, encoding="utf-8") as file:
-            if json.loads(next(file, "null")) == fingerprint:
-                for line in file:
-                    yield tuple(json.loads(line))
-    except (FileNotFoundError, ValueError):
-        return
+        for train in (True, False):
+            datasets.EMNIST(folder, split="byclass", train=train, download=rank() == 0)
+        return True
+    except (OSError, RuntimeError, ValueError, EOFError, AssertionError) as error:
+        files = "emnist-byclass-{train,test}-{images-idx3,labels-idx1}-ubyte"
+        print(f"EMNIST is missing ({error}): handwritten characters will be learned badly. Unpack")
+        print(f"{files} of {datasets.EMNIST.url} (560 MB) into {folder}/EMNIST/raw/")
+        return False
+    finally:
+        socket.setdefaulttimeout(former)
 
 
-def chunk_manifest(staging, index):
-    """Where the chunk that a sample belongs to is written down."""
-    return staging / f"{index // CHUNK * CHUNK:09}.json"
+def find_sources(settings):
+    """How many images of each source there will be, with the fonts and EMNIST that are there."""
+    fonts, notes = find_fonts(settings)
+    print(*notes, sep="\n", end="\n" * bool(notes))
+    there = {font.kind for font in fonts if font.held_out}
+    for kind in sorted(there):
+        families = {font.family for font in fonts if font.held_out and font.kind == kind}
+        print(f"{kind} only in val and test: {', '.join(sorted(families))}")
+    counts = {source: number for source, number in NUM_IMAGES.items() if number}
+    by_emnist = any(SOURCES[source].kind == EMNIST for source in counts)
+    if rank() == 0:
+        by_emnist = by_emnist and emnist_is_there(settings)
+    crnn.wait_for_all()  # for the download
+    there |= {EMNIST} if by_emnist and emnist_is_there(settings) else set()
+    for source in [source for source in counts if SOURCES[source].kind not in there]:
+        print(f"{source} is left out: it needs {SOURCES[source].kind}, for training and for test")
+        del counts[source]
+    if "emnist_images" in counts:  # no character twice
+        have = {split: len(emnist(settings, split)[1]) for split in ("train", "val", "test")}
+        most = min(have["train"], CYCLE * have["val"], CYCLE * have["test"])
+        counts["emnist_images"] = min(counts["emnist_images"], most)
+    return counts
 
 
-def index_of(row):
-    """Which sample a row of a manifest is: its file name is the index."""
-    return int(row[0].split(".")[0])
-
-
-def drawn_so_far(count, fingerprint, folder, staging):
-    """Yield the rows of the pictures with an index below count that are in folder or in staging, by index.
-
-    One after the other from the files, each of which is in order, so that a million pictures take no more memory than a thousand.
-    """
-    chunks = (row for first in range(0, count, CHUNK) for row in read_manifest(chunk_manifest(staging, first), fingerprint))
-    manifests = [read_manifest(place / "manifest.json", fingerprint) for place in (folder, staging)]
-    last = -1
-    for row in heapq.merge(*manifests, chunks, key=index_of):
-        index = index_of(row)
-        if last < index < count and any((place / row[0]).exists() for place in (folder, staging)):
-            last = index
-            yield row
-
-
-def draw_source(source, count, mark, folder, staging):
-    """Draw what is missing of the first count samples of a source into staging. Returns how many are new. mark: the source's fingerprint."""
-    from crnn import gather, rank
-
-    kept = np.zeros(count, bool)
-    if rank() == 0:  # looked up before anyone draws
-        for row in drawn_so_far(count, mark, folder, staging):
-            kept[index_of(row)] = True
-    kept = gather(kept if rank() == 0 else None)[0]
-    chunks = [first + np.flatnonzero(~kept[first:first + CHUNK]) for first in range(0, count, CHUNK)]
-    chunks = [chunk for chunk in chunks if len(chunk)]
-    if chunks:
-        staging.mkdir(parents=True, exist_ok=True)
-        draw_chunks(source, chunks, staging, mark)
-    gather(None)  # all have drawn
-    return int(count - kept.sum())
-
-
-def move_in(staging, folder, fingerprint, count):
-    """Put freshly drawn pictures in the place of the former ones, and remove those beyond. Files with other names are left alone."""
-    folder.mkdir(parents=True, exist_ok=True)
-    if write_manifest(staging / "manifest.json", fingerprint, drawn_so_far(count, fingerprint, folder, staging)) < count:
-        raise CannotDraw(f"pictures have vanished from {folder.as_posix()} while others were drawn: run the script again")
-    (folder / "manifest.json").unlink(missing_ok=True)
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            if re.fullmatch(r"\d{5,}\.png", entry.name) and int(entry.name.split(".")[0]) >= count:
-                os.unlink(entry.path)
-    for index in range(count):
-        with contextlib.suppress(FileNotFoundError):  # it was there before
-            os.replace(staging / f"{index:05}.png", folder / f"{index:05}.png")
-    os.replace(staging / "manifest.json", folder / "manifest.json")
-
-
-def tables(counts, marks, own):
-    """Yield all rows of data.csv, a few thousand at a time, as DataFrames. own: the rows of the user's own pictures, or None."""
-    import pandas as pd
-
-    for source in counts:
-        rows = read_manifest(Path(DATASETS_DIR) / source / "manifest.json", marks[source])
-        while part := list(islice(rows, 5_000)):
-            yield pd.DataFrame([(f"{source}/{name}", label, source, split, style) for name, label, split, style in part],
-                               columns=["image_path", "label", "source", "split", "style"])
-    if own is not None:
-        yield own
-
-
-def custom_rows():
-    """Rows of datasets/custom/labels.csv whose pictures can be read, as a DataFrame like data.csv, or None. Says which cannot."""
-    from crnn import add_split, load_image, read_labels
-
-    folder = Path(DATASETS_DIR) / "custom"
+def custom_rows(datasets):
+    """The rows of datasets/custom/labels.csv, where there is one, in the form of data.csv."""
+    folder = datasets / "custom"
     if not (folder / "labels.csv").exists():
-        if folder.is_dir() and any(folder.iterdir()):
-            print(f"{folder.as_posix()} is left out: it has no labels.csv, whose first line must be image_path,label")
-        return None
-    try:
-        rows = add_split(read_labels(folder / "labels.csv").drop(columns="source", errors="ignore"))
-    except ValueError as error:
-        raise SystemExit(str(error))
-    complaints = []
-    for row in tqdm(rows.itertuples(), total=len(rows), desc=f"{'custom':<15}", unit="img"):
-        try:
-            load_image(folder / row.image_path.replace("\\", "/"))
-            complaints.append("" if row.label else f"{row.image_path}: empty label")
-        except ValueError as error:
-            complaints.append(str(error))
-    bad = list(filter(None, complaints))
-    for line in bad[:3] + ["..."] * (len(bad) > 3):
-        print(f"custom, left out: {line}")
-    if bad:
-        print(f"custom: {len(bad):,} of {len(rows):,} rows of {(folder / 'labels.csv').as_posix()} are left out")
+        if folder.is_dir():
+            print(f"{folder.as_posix()} is left out: it has no labels.csv with image_path,label")
+        return pd.DataFrame(columns=COLUMNS)
+    rows = crnn.add_split(read_labels(folder / "labels.csv"))
     rows["image_path"] = "custom/" + rows.image_path.str.replace("\\", "/")
-    return rows.assign(style="custom")[[not line for line in complaints]]
+    return rows.assign(source="custom", style="custom")[COLUMNS]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# What is left behind: preview.png, data.csv, tables
-
-def draw_preview(rows, path):
-    """A contact sheet: for every style of every source, a row of training and test pictures with their labels."""
-    from crnn import whole_file
-
-    columns, width, height = {"train": 4, "test": 3}, 230, 74
-    groups = list(rows.groupby(["source", "style"], sort=False))
-    font = ImageFont.truetype(str(Path(FONTS_DIR) / "DejaVuSans.ttf"), 13) if (Path(FONTS_DIR) / "DejaVuSans.ttf").exists() \
-        else ImageFont.load_default(13)
-    sheet = Image.new("L", (sum(columns.values()) * width + 120, len(groups) * height + 24), 255)
-    draw = ImageDraw.Draw(sheet)
-    draw.text((120, 4), "training pictures", font=font, fill=0)
-    draw.text((120 + columns["train"] * width, 4), "test pictures: other words, other fonts", font=font, fill=0)
-    for row, ((source, style), group) in enumerate(groups):
-        draw.text((6, row * height + 34), f"{source}\n{style}", font=font, fill=0)
-        shown = [(i + offset, sample) for split, offset in (("train", 0), ("test", columns["train"]))
-                 for i, sample in enumerate(group[group.split == split].head(columns[split]).itertuples())]
-        for column, sample in shown:
-            with Image.open(Path(DATASETS_DIR) / sample.image_path) as image:
-                image = ImageOps.contain(image.convert("L"), (width - 12, 40))
-            x, y = 120 + column * width, row * height + 30
-            sheet.paste(image, (x, y))
-            draw.rectangle((x - 1, y - 1, x + image.width, y + image.height), outline=160)
-            draw.text((x, y + 44), sample.label[:28], font=font, fill=90)
-    with whole_file(path) as temporary:
-        sheet.save(temporary, format="PNG")
+def draw_preview(rows, datasets):
+    """preview.png: of every style of every source, four training and three test images."""
+    cells = []
+    for (source, style), group in rows.groupby(["source", "style"], sort=False):
+        shown = pd.concat([group[group.split == "train"][:4], group[group.split == "test"][:3]])
+        cells.append((None, [(source, "black"), (style, "black")]))
+        for row in shown.itertuples():
+            captions = [(row.label, "#666666"), (row.split, "#aaaaaa")]
+            cells.append((datasets / row.image_path, captions))
+        cells += [(None, [])] * (7 - len(shown))
+    crnn.contact_sheet(datasets / "preview.png", cells, columns=8)
 
 
-def overview(parts, every):
-    """What there is to say about all rows, which come in parts, without keeping them.
-
-    Returns two Counters, of (source, split) and of the characters in the training labels, and two DataFrames: one row in every
-    so many, and the first four of each source, style and split.
-    """
-    import pandas as pd
-
-    sizes, characters, spread, first = Counter(), Counter(), [], {}
-    for part in parts:
-        sizes.update(zip(part.source, part.split))
-        characters.update("".join(part.label[part.split == "train"]))
-        spread.append(part.iloc[::every].copy())  # a copy, since a slice would keep the whole part in memory
-        for key, group in part.groupby(["source", "style", "split"], sort=False):
-            first[key] = (pd.concat([first[key], group]) if key in first else group).head(4).copy()
-    return sizes, characters, pd.concat(spread), pd.concat(first.values())
-
-
-def check_sample(rows):
-    """Open the pictures of rows as training will, but the user's own. Raises SystemExit naming one that is blank, clipped or unreadable."""
-    from crnn import load_image
-
-    for row in rows[rows.source != "custom"].itertuples():
-        path = Path(DATASETS_DIR) / row.image_path
-        try:
-            wrong = fault(load_image(path).numpy(), row.source, row.style)
-        except ValueError as error:
-            wrong = str(error)
-        if wrong:
-            raise SystemExit(f"{path.as_posix()}, labelled {row.label!r}: {wrong}. Remove {path.parent.as_posix()}/manifest.json and run this "
-                             f"script again; it draws that folder anew")
-
-
-def report_characters(counts):
-    """Print how often every character stands in the training labels, a Counter, and which of CHARSET stand there too seldom to be learned."""
-    print("\ncharacters in the training labels:")
-    cells = [f"{c!r:>4}{n:>8,}" for c, n in counts.most_common()]
-    for start in range(0, len(cells), 9):
-        print(" ".join(cells[start:start + 9]))
-    if rare := [c for c in CHARSET if counts[c] < 50]:
-        print(f"fewer than 50 times, and so hardly learned: {' '.join(rare)}")
-
-
-def find_sources(counts):
-    """Look for fonts and EMNIST, and set the counts of those sources to 0 that lack what they are drawn with. Prints what it finds."""
-    from crnn import gather, rank
-
-    global FONTS
-    FONTS, notes = find_fonts()
-    for note in notes:
-        print(note)
-    for kind in (PRINTED, HAND):
-        held_out = sorted({font.family for font in FONTS if font.kind == kind and font.held_out})
-        print(f"{sum(font.kind == kind for font in FONTS)} {kind} fonts; only in val and test: {', '.join(held_out) or 'none'}")
-    for source, (_, _, kinds) in SOURCES.items():
-        if any(counts[source] and len({font.family for font in FONTS if font.kind == kind}) < 2 for kind in kinds):
-            print(f"{source} is left out: it needs {kinds[0]} fonts of at least two families, one of them for val and test")
-            counts[source] = 0
-    by_emnist = [source for source in SOURCES if not SOURCES[source].kinds]
-    if any(counts[source] for source in by_emnist):
-        if not gather(find_emnist() if rank() == 0 else None)[0]:  # where it must be downloaded, once
-            counts.update(dict.fromkeys(by_emnist, 0))
-            return
-        if (most := emnist_count(counts["emnist_images"])) < counts["emnist_images"]:
-            counts["emnist_images"] = most
-            print(f"NUM_EMNIST is lowered to {most:,}: no more without drawing a character twice")
-        if counts["emnist_words"] or counts["emnist_math"]:
-            for split in ("train", "val", "test"):
-                emnist_looks(DATASETS_DIR, SEED, split)  # here once, and not in every forked worker
+def report(rows):
+    """Print how many rows there are, and the characters that the training labels hardly have."""
+    print(f"\n{rows.groupby(['source', 'split'], sort=False).size().unstack(fill_value=0)}")
+    counts = Counter("".join(rows.label[rows.split == "train"]))
+    rare = " ".join(f"{c} {counts[c]}" for c in CHARSET if counts[c] < 50)
+    print(f"characters in fewer than 50 places, and so hardly learned: {rare or 'none'}")
 
 
 def main():
-    """Draw every source, then put pictures, preview.png and data.csv in place. Raises SystemExit with one line when it cannot."""
-    import pandas as pd
-    from crnn import Charset, join_processes, leave_processes, rank, write_labels
-
-    started = time.perf_counter()
-    join_processes()
-    try:
-        Charset(CHARSET)
-    except ValueError as error:
-        raise SystemExit(f"CHARSET: {error}")
-    counts = {source: globals()[number] for source, (_, number, _) in SOURCES.items()}
-    if not any(counts.values()):
-        raise SystemExit("nothing to draw: every NUM_ constant at the top of prepare_ocr_dataset.py is 0")
-    trdg_generator()
-    find_sources(counts)
-    counts = {source: count for source, count in counts.items() if count}
+    """Draw every source, then write data.csv and preview.png."""
+    started, datasets = time.perf_counter(), Path(DATASETS_DIR)
+    crnn.Charset(CHARSET)  # refuses a repeated character
+    kinds = SEED, CHARSET, MAX_LENGTH, STYLED, WARPED, HELD_OUT_FONTS
+    settings = Settings(*kinds, FONTS_DIR, DATASETS_DIR)
+    crnn.join_processes()
+    text_generator()  # fails here, and not in every worker, where trdg is not installed
+    counts = find_sources(settings)
     if not counts:
-        raise SystemExit("nothing could be drawn: see the lines above")
-
-    datasets = Path(DATASETS_DIR)
-    staging = datasets / ".drawing"  # what stood before stays in place until all is drawn
-    try:
-        new, marks = {}, {source: fingerprint(source) for source in counts}
-        fresh = {source: staging / f"{source} {mark}" for source, mark in marks.items()}  # never mixed with those of other constants
-        for source, count in counts.items():
-            new[source] = draw_source(source, count, marks[source], datasets / source, fresh[source])
-        leave_processes()
-        if rank() > 0:
-            return  # the first process sees to the rest
-        (datasets / "data.csv").unlink(missing_ok=True)  # its labels belong to the former pictures
-        for source, count in counts.items():
-            move_in(fresh[source], datasets / source, marks[source], count)
-        own = custom_rows()
-        sizes, characters, spread, first = overview(tables(counts, marks, own), every=max(1, sum(counts.values()) // 1000))
-        check_sample(spread)
-        draw_preview(first, datasets / "preview.png")
-        write_labels(tables(counts, marks, own), datasets / "data.csv")
-        shutil.rmtree(staging, ignore_errors=True)
-    except CannotDraw as error:
-        raise SystemExit(str(error))
-    except BrokenProcessPool:
-        raise SystemExit("a worker process died, most likely for want of memory: set NUM_WORKERS lower")
-    except (OSError, KeyboardInterrupt) as error:
-        kept = "data.csv and the pictures of an earlier run are as they were" if (datasets / "data.csv").exists() else \
-            "there is no data.csv until this script has run to its end"
-        if isinstance(error, KeyboardInterrupt):
-            raise SystemExit(f"stopped: {kept}; run the script again and it goes on with what is drawn already")
-        raise SystemExit(f"cannot write to {datasets}: {error}. Make room there, or set DATASETS_DIR to another folder; {kept}")
-
-    print(f"\n{pd.Series(sizes).unstack(fill_value=0).reindex(list(dict.fromkeys(source for source, _ in sizes))).to_string()}")
-    report_characters(characters)
-    print(f"\n{sizes.total():,} pictures in {time.perf_counter() - started:.0f} s, {sum(new.values()):,} of them new"
-          f"\nlabels in {(datasets / 'data.csv').as_posix()}, a look at them in {(datasets / 'preview.png').as_posix()}")
+        raise InputError("nothing to draw: set a number in NUM_IMAGES, see also the lines above")
+    chunks, new = draw_all(counts, settings)
+    crnn.leave_processes()
+    if rank() > 0:
+        return  # the first process sees to the rest
+    rows = pd.concat([*map(rows_of, chunks), custom_rows(datasets)], ignore_index=True)
+    draw_preview(rows, datasets)
+    write_labels(rows, datasets / "data.csv")
+    report(rows)
+    seconds = time.perf_counter() - started
+    print(f"\n{len(rows):,} images in {seconds:.0f} s, {new:,} of them new; labels and a preview:")
+    print(f"{(datasets / 'data.csv').as_posix()}, {(datasets / 'preview.png').as_posix()}")
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(encoding="utf-8")
-    main()
+    crnn.run(main)
