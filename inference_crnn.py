@@ -1,107 +1,104 @@
-"""Read pictures of short text with a trained CRNN.
+"""Read images of short text with a trained CRNN.
 
-    python inference_crnn.py                         a few test rows of datasets/data.csv
-    python inference_crnn.py scan.png forms/ own.csv   pictures, folders of pictures, csv files with image_path,label
+    python inference_crnn.py                           a few test rows of datasets/data.csv
+    python inference_crnn.py scan.png forms/ own.csv   images, folders, csv files (image_path,label)
 
-Prints what it reads in each picture and writes everything to predictions.csv; where labels are known, a table scores the
-readings by source, and REPORT_DIR gets a page to look at. Exit status 1 when any picture could not be read. From Python:
-recognize(images, checkpoint).
+Prints what it reads in each image and writes everything to predictions.csv; where labels are known,
+a table scores the predictions by source, and REPORT_DIR gets a page to look at. Exit status 1 when
+any image could not be read. From Python: recognize(images).
 """
+
 import base64
 import csv
 import html
+import importlib.util
+import io
 import json
 import os
 import sys
+import warnings
 import zlib
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
 import torch
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image
+from rapidfuzz.distance import Levenshtein
 
-from crnn import (IMAGE_SUFFIXES, UNCALIBRATED, add_split, calibration_error, edits, export_onnx, fold_lookalikes, format_score_table,
-                  load_checkpoint, load_image, read_images, read_labels, score_table, whole_file)
+import crnn
+from crnn import InputError, load_checkpoint, whole_file
 
-# ---------------------------------------------------------------------------------------------------------------------
-MODEL_PATH = "ocr_crnn_model/crnn.pth"  # checkpoint that train_crnn.py saved; charset and preprocessing come with it
-PRETRAINED = "ocr_crnn_model/pretrained.pth"  # the checkpoint to read with where there is no MODEL_PATH
+# --------------------------------------------------------------------------------------------------
+MODEL_PATH = "ocr_crnn_model/crnn.pth"  # checkpoint of train_crnn.py; it brings its charset
+PRETRAINED = "ocr_crnn_model/pretrained.pth"  # to read with where there is no MODEL_PATH
 DATA_CSV = "datasets/data.csv"  # whose test rows are read when no paths are given
 NUM_SAMPLES = 20  # how many of them, spread over all
-BATCH_SIZE = 48  # pictures read at once
-MIN_CONFIDENCE = 0.5  # below this a reading is marked for a person to check
+BATCH_SIZE = 48  # images read at once
+MIN_CONFIDENCE = 0.5  # below this a prediction is marked for a person to check
 PREDICTIONS_CSV = "predictions.csv"  # columns image_path,label,source,prediction,confidence
-PREDICTIONS_JSONL = None  # "predictions.jsonl": a line per picture with every character's confidence, place and alternatives; None: none
-ONNX_PATH = None  # "ocr_crnn_model/crnn.onnx" writes the model in that format too (pip install onnx onnxscript); None: not
-REPORT_DIR = "ocr_crnn_model/report"  # index.html and its plots, made where labels are known; None: none
-NUM_THREADS = os.cpu_count() or 1  # that decode pictures
+PREDICTIONS_JSONL = None  # "predictions.jsonl": a line per image, with every character; None: none
+ONNX_PATH = None  # "crnn.onnx" writes the model so too (pip install onnx onnxscript); None: not
+REPORT_DIR = "ocr_crnn_model/report"  # for index.html, where labels are known; None: none
+NUM_THREADS = os.cpu_count() or 1  # that decode images
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # where to read
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
-CHUNK = 1024  # pictures held in memory at a time
+CHUNK = 1024  # images held in memory at a time
+SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp", ".gif"}
 
 
 def model_path():
     """The checkpoint to read with."""
-    return PRETRAINED if Path(PRETRAINED).is_file() and not Path(MODEL_PATH).is_file() else MODEL_PATH
+    ours = Path(MODEL_PATH).is_file() or not Path(PRETRAINED).is_file()
+    return MODEL_PATH if ours else PRETRAINED
 
 
-def recognize(images, checkpoint=None):
-    """Read paths, PIL images or arrays (H, W[, 3 or 4]), each a picture of one line.
+def recognize(images, model=None):
+    """Read paths, PIL images or arrays (H, W[, 3 or 4]), each an image of one line.
 
-    checkpoint: its path, or what crnn.load_checkpoint returned; None: model_path().
-    Returns a list as long as images of crnn.Reading (text, confidence, characters), None where a picture cannot be read;
-    why is printed to standard error. Raises ValueError when the checkpoint is missing or is not one.
+    model: a checkpoint's path, or what crnn.load_checkpoint returned; None: model_path().
+    Returns a list of crnn.Reading (text, confidence, characters), None where an image cannot be
+    read; why is printed to standard error. Raises InputError for a checkpoint that is none.
     """
-    model, charset, facts = checkpoint if isinstance(checkpoint, tuple) else load_checkpoint(checkpoint or model_path(), DEVICE)
-    readings = [None] * len(images)
-    load = partial(load_or_reason, height=model.architecture["height"])
+    if not isinstance(model, crnn.CRNN):
+        model = load_checkpoint(model or model_path(), DEVICE)
+    readings = []
     for start in range(0, len(images), CHUNK):
+        chunk = images[start : start + CHUNK]
         if NUM_THREADS > 1:  # Pillow decodes and scales outside of Python's lock
             with ThreadPoolExecutor(NUM_THREADS) as threads:
-                loaded = list(threads.map(load, images[start:start + CHUNK]))
+                loaded = list(threads.map(crnn.try_load, chunk))
         else:
-            loaded = list(map(load, images[start:start + CHUNK]))
-        pictures = {i: picture for i, picture in enumerate(loaded, start) if not isinstance(picture, str)}
-        for reason in filter(lambda picture: isinstance(picture, str), loaded):
-            print(f"skipped: {reason}", file=sys.stderr, flush=True)
-        for i, reading in zip(pictures, read_images(model, charset, list(pictures.values()), BATCH_SIZE,
-                                                     tuple(facts.get("calibration", UNCALIBRATED)))):
-            readings[i] = reading
+            loaded = list(map(crnn.try_load, chunk))
+        found = [image for image, _ in loaded if image is not None]
+        read = iter(crnn.read_images(model, found, BATCH_SIZE))
+        for image, reason in loaded:
+            readings.append(None if image is None else next(read))
+            if reason:
+                print(f"skipped: {reason}", file=sys.stderr, flush=True)
     return readings
 
 
-def load_or_reason(image, height):
-    """The picture as load_image gives it, or the line that says why it cannot be read."""
-    try:
-        return load_image(image, height)
-    except ValueError as error:
-        return str(error)
-
-
 def from_csv(path, only_test=False):
-    """(picture path, label, source) of the rows of a csv, spread evenly down to NUM_SAMPLES where only the test rows are wanted."""
-    rows = add_split(read_labels(path))
+    """(image path, label, source) of the rows of a csv, or of NUM_SAMPLES of its test rows."""
+    rows = crnn.add_split(crnn.read_labels(path))
     if only_test:
         rows = rows[rows.split == "test"]
-        rows = rows.iloc[::max(1, -(-len(rows) // NUM_SAMPLES))]
-    return [(Path(path).parent / row.image_path, row.label, row.source) for row in rows.itertuples()]
+        rows = rows.iloc[:: max(1, -(-len(rows) // NUM_SAMPLES))]
+    paths = [Path(path).parent / image_path for image_path in rows.image_path]
+    return list(zip(paths, rows.label, rows.source))
 
 
-def find_pictures(arguments):
-    """(picture path, label, source) for every picture that the arguments name; label and source are empty where unknown.
-
-    Raises ValueError, one line, for a csv that cannot be used and a folder without pictures.
-    """
+def find_images(arguments):
+    """(image path, label, source) for every image that the arguments name; "" where unknown."""
     found = []
     for path in map(Path, arguments):
         if path.is_dir():
-            inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
+            inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES)
             if not inside:
-                raise ValueError(f"{path} holds no pictures ({' '.join(sorted(IMAGE_SUFFIXES))})")
+                raise InputError(f"{path} holds no images ({' '.join(sorted(SUFFIXES))})")
             found += [(p, "", "") for p in inside]
         elif path.suffix.lower() == ".csv":
             found += from_csv(path)
@@ -110,254 +107,283 @@ def find_pictures(arguments):
     return found
 
 
-def report(path, label, reading):
-    """Print one reading."""
+def show(path, label, reading):
+    """Print one reading, and what else its most doubtful character could be."""
     print(f"Image: {path.as_posix()}")
     if label:
         print(f"Ground Truth: {label}")
-    doubt = ", please check" + doubtful_characters(reading) if reading.confidence < MIN_CONFIDENCE else ""
+    sure = reading.confidence >= MIN_CONFIDENCE
+    doubt = "" if sure else f", please check{doubtful_character(reading)}"
     print(f"Predicted   : {reading.text}  (confidence {reading.confidence:.2f}{doubt})\n")
 
 
-def doubtful_characters(reading):
-    """What else the most doubtful character of a reading could be, as in ": O 0.61 · 0 0.37"; nothing where there is no alternative."""
-    unsure = min((c for c in reading.characters if c.alternatives), key=lambda c: c.confidence, default=None)
+def doubtful_character(reading):
+    """Alternatives of the most doubtful character, as in ": O 0.61 · 0 0.37"; "" for none."""
+    unsure = [c for c in reading.characters if c.alternatives]
     if not unsure:
         return ""
-    return ": " + " · ".join(f"{c} {p:.2f}" for c, p in [(unsure.character, unsure.confidence), *unsure.alternatives])
+    least = min(unsure, key=lambda c: c.confidence)
+    pairs = [(least.character, least.confidence), *least.alternatives]
+    return ": " + " · ".join(f"{c} {p:.2f}" for c, p in pairs)
 
 
-def as_json(path, label, source, reading):
-    """A line of PREDICTIONS_JSONL. left and right are parts of the picture's width."""
-    characters = [dict(character=c.character, confidence=round(c.confidence, 4), left=round(c.left, 4), right=round(c.right, 4),
-                       alternatives=[[other, round(p, 4)] for other, p in c.alternatives]) for c in reading.characters]
-    return json.dumps(dict(image_path=path.as_posix(), label=label, source=source, prediction=reading.text,
-                           confidence=round(reading.confidence, 4), characters=characters), ensure_ascii=False)
+# --------------------------------------------------------------------------------------------------
+# Results. A line per image is written as it is read, to a hidden file in which an interrupted run
+# is found again, and from which all that is asked for is made at the end.
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Report. rows: a DataFrame with columns path, label, prediction, confidence, source.
+def as_json(sample, reading):
+    """A line of results. left and right are parts of the image's width."""
+    path, label, source = sample
+    facts = dict(image_path=path.as_posix(), label=label, source=source)
+    if reading is None:
+        return json.dumps(dict(facts, skipped=True))
+    facts |= dict(prediction=reading.text, confidence=round(reading.confidence, 4))
+    facts["characters"] = [
+        {k: round(v, 4) if isinstance(v, float) else v for k, v in c._asdict().items()}
+        for c in reading.characters
+    ]
+    return json.dumps(facts, ensure_ascii=False)
+
+
+def read_all(samples, model):
+    """Read samples, show each, and write the results. Returns them as a DataFrame, and skipped."""
+    work = zlib.crc32(repr(samples).encode(), zlib.crc32(Path(model_path()).read_bytes()))
+    out = Path(PREDICTIONS_CSV)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    part = out.with_name(f".{out.name}.{work:08x}.part")
+    with open(part, "a+b") as file:
+        file.seek(0)
+        lines = file.read().splitlines(keepends=True)
+        done = len(lines) - bool(lines and not lines[-1].endswith(b"\n"))  # half a line at the end
+        file.truncate(sum(map(len, lines[:done])))
+        if done:
+            print(f"going on after {done:,} images that an interrupted run has read\n")
+        for start in range(done, len(samples), CHUNK):
+            chunk = samples[start : start + CHUNK]
+            for sample, reading in zip(chunk, recognize([path for path, *_ in chunk], model)):
+                file.write(f"{as_json(sample, reading)}\n".encode())
+                if reading:
+                    show(*sample[:2], reading)
+            file.flush()
+    return write_results(part)
+
+
+def write_results(part):
+    """PREDICTIONS_CSV and PREDICTIONS_JSONL of the lines in part. Returns as read_all does."""
+    import pandas as pd  # here, so that reading a single image does not wait for it
+
+    columns = ["image_path", "label", "source", "prediction", "confidence"]
+    with open(part, encoding="utf-8") as file:  # line by line, since characters take much memory
+        records = (json.loads(line) for line in file)
+        rows = [[record.get(column) for column in columns] for record in records]
+    table = pd.DataFrame(rows, columns=columns)
+    skipped = table.confidence.isna()
+    table = table[~skipped]
+    quoting = dict(quoting=csv.QUOTE_ALL, lineterminator="\n", float_format="%.4f")
+    with whole_file(PREDICTIONS_CSV) as temporary:
+        table.to_csv(temporary, index=False, **quoting)
+    if PREDICTIONS_JSONL:
+        with whole_file(PREDICTIONS_JSONL) as temporary, open(temporary, "wb") as file:
+            lines = part.read_bytes().splitlines(keepends=True)
+            file.writelines(line for line in lines if b'"skipped": true' not in line)
+    part.unlink()
+    return table, int(skipped.sum())
+
+
+# --------------------------------------------------------------------------------------------------
+# Report. rows: a DataFrame with columns image_path, label, source, prediction, confidence.
+
+
+def edits(label, prediction):
+    """What turns a label into a prediction: (character, read instead), "" for none, in order."""
+    found = []
+    for kind, i, j in Levenshtein.editops(label, prediction):
+        found.append((label[i : i + (kind != "insert")], prediction[j : j + (kind != "delete")]))
+    return found
+
 
 def summary(rows):
-    """Shares that tell one kind of error from another, as a list of (what, value)."""
-    pairs = list(zip(rows.label, rows.prediction))
-    characters = max(1, int(rows.label.str.len().sum()))
-    found = [edit for label, prediction in pairs for edit in edits(label, prediction)]
-    doubled = [(label, prediction) for label, prediction in pairs if any(a == b for a, b in zip(label, label[1:]))]
-    share = lambda right, of: f"{sum(right) / len(of):.1%} of {len(of):,}" if of else "none"
-    return [
-        ("exact match", share([a == b for a, b in pairs], pairs)),
-        ("exact match but for case", share([a.lower() == b.lower() for a, b in pairs], pairs)),
-        ("exact match, look-alikes folded", share([fold_lookalikes(a) == fold_lookalikes(b) for a, b in pairs], pairs)),
-        ("character error rate", f"{len(found) / characters:.2%} of {characters:,} characters"),
-        ("characters read as another", f"{sum(bool(a and b) for a, b in found):,}"),
-        ("characters read where there is none", f"{sum(not a for a, b in found):,}"),
-        ("characters not read", f"{sum(not b for a, b in found):,}"),
-        ("errors that are only of case", f"{sum(a.lower() == b.lower() for a, b in found):,}"),
-        ("spaces lost or invented", f"{sum(' ' in edit for edit in found):,} among {rows.label.str.count(' ').sum():,} spaces"),
-        ("errors in punctuation and signs", f"{sum(bool(a) and not a.isalnum() and a != ' ' for a, b in found):,} among "
-                                            f"{sum(not c.isalnum() and c != ' ' for label in rows.label for c in label):,} signs"),
-        ("exact match of lines with doubled characters", share([a == b for a, b in doubled], doubled)),
-        ("expected calibration error", f"{calibration_error(list(rows.confidence), list(rows.label == rows.prediction)):.1%}"),
-    ]
+    """Shares that tell one kind of error from another, as a dict of texts."""
+    label, prediction = rows.label, rows.prediction
+    found = [edit for pair in zip(label, prediction) for edit in edits(*pair)]
+    doubled = label.map(lambda text: any(a == b for a, b in zip(text, text[1:])))
+    fold = crnn.fold_lookalikes
+    characters, text = max(1, label.str.len().sum()), "".join(label)
+    signs = sum(not c.isalnum() and c != " " for c in text)
+    wrong_signs = sum(bool(a) and not a.isalnum() and a != " " for a, _ in found)
+
+    def share(right):
+        return f"{right.mean():.1%} of {len(right):,}" if len(right) else "none"
+
+    return {
+        "exact match": share(label == prediction),
+        "exact match but for case": share(label.str.lower() == prediction.str.lower()),
+        "exact match, look-alikes folded": share(label.map(fold) == prediction.map(fold)),
+        "exact match of lines with doubled characters": share((label == prediction)[doubled]),
+        "character error rate": f"{len(found) / characters:.2%} of {characters:,} characters",
+        "characters read as another": f"{sum(bool(a and b) for a, b in found):,}",
+        "characters read where there is none": f"{sum(not a for a, _ in found):,}",
+        "characters not read": f"{sum(not b for _, b in found):,}",
+        "errors that are only of case": f"{sum(a.lower() == b.lower() for a, b in found):,}",
+        "spaces lost or invented": f"{sum(' ' in edit for edit in found):,} of {text.count(' '):,}",
+        "errors in punctuation and signs": f"{wrong_signs:,} among {signs:,}",
+        "calibration error": f"{crnn.calibration_error(rows.confidence, label == prediction):.1%}",
+    }
 
 
-def plot_confusions(rows, path, most=30):
-    """The characters that are confused most, as a matrix: a row for what stands there, a column for what was read."""
-    pyplot = plots()
-    confused = Counter(edit for label, prediction in zip(rows.label, rows.prediction) for edit in edits(label, prediction))
+def plot_confusions(confused, axes, most=30):
+    """The characters that are confused most: a row for the label, a column for what was read."""
     weight = Counter()
-    for pair, n in confused.items():
-        for c in set(pair):
-            weight[c] += n
+    for pair, number in confused.items():
+        weight.update(dict.fromkeys(pair, number))
     shown = sorted(c for c, _ in weight.most_common(most))
-    figure, axes = pyplot.subplots(figsize=(9, 8), layout="constrained")
-    image = axes.imshow([[confused[a, b] for b in shown] for a in shown] or [[0]], cmap="Blues")
+    axes.imshow([[confused[a, b] for b in shown] for a in shown] or [[0]], cmap="Blues")
     names = [{"": "∅", " ": "␣"}.get(c, c) for c in shown]
-    axes.set(xticks=range(len(shown)), yticks=range(len(shown)), xlabel="read (∅: nothing)", ylabel="label (∅: nothing there)",
-             title="errors by character, the most frequent ones")
+    axes.set(xticks=range(len(shown)), yticks=range(len(shown)), title="errors by character")
+    axes.set(xlabel="read (∅: nothing)", ylabel="label (∅: nothing there)")
     axes.set_xticklabels(names, parse_math=False)  # a $ is a character here
     axes.set_yticklabels(names, parse_math=False)
-    figure.colorbar(image, shrink=0.6)
-    save_plot(figure, path)
 
 
-def plot_reject_curve(rows, path):
-    """What checking by hand buys: the share of wrong readings among those that are kept, by how many are kept."""
-    pyplot = plots()
-    ordered = rows.sort_values("confidence", ascending=False)
-    wrong = (ordered.label != ordered.prediction).cumsum().to_numpy()
-    kept = range(1, len(ordered) + 1)
-    figure, (curve, reliability) = pyplot.subplots(1, 2, figsize=(11, 4), layout="constrained")
-    curve.plot([100 * n / len(ordered) for n in kept], [100 * w / n for w, n in zip(wrong, kept)])
+def plot_confidence(rows, curve, reliability):
+    """What checking by hand buys, and whether confidence is the share of right predictions."""
+    ordered = rows.assign(right=rows.label == rows.prediction)
+    ordered = ordered.sort_values("confidence", ascending=False, ignore_index=True)
+    kept = ordered.index + 1
+    wrong = 100 * (~ordered.right).cumsum() / kept
+    curve.plot(100 * kept / len(rows), wrong)
     sure = int((rows.confidence >= MIN_CONFIDENCE).sum())
     if sure:
-        curve.plot(100 * sure / len(rows), 100 * wrong[sure - 1] / sure, "o", label=f"MIN_CONFIDENCE = {MIN_CONFIDENCE}")
+        name = f"MIN_CONFIDENCE = {MIN_CONFIDENCE}"
+        curve.plot(100 * sure / len(rows), wrong[sure - 1], "o", label=name)
         curve.legend()
-    curve.set(xlabel="readings kept, the surest first, %", ylabel="wrong among them, %", title="reject curve")
-    groups = rows.assign(right=rows.label == rows.prediction).groupby((rows.confidence * 10).clip(upper=9).astype(int))
+    curve.set(xlabel="kept, the surest first, %", ylabel="wrong, %", title="reject curve")
+    groups = ordered.groupby((ordered.confidence * 10).clip(upper=9).astype(int))
     reliability.plot([0, 1], [0, 1], color="grey", linewidth=1)
     reliability.plot(groups.confidence.mean(), groups.right.mean(), marker="o")
     reliability.set(xlabel="confidence", ylabel="share that is right", title="reliability")
-    for axes in (curve, reliability):
-        axes.grid(alpha=0.3)
-    save_plot(figure, path)
 
 
-def plots():
+def embedded(png):
+    """An html image that needs no other file."""
+    return f'<img alt="" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
+
+
+def plot(draw, *arguments, columns=1, size=(9, 8)):
+    """The png of what draw(*arguments, axes...) plots."""
     import matplotlib
+
     matplotlib.use("Agg")  # no window
     from matplotlib import pyplot
-    return pyplot
+
+    figure, axes = pyplot.subplots(1, columns, figsize=size, layout="constrained", squeeze=False)
+    draw(*arguments, *axes[0])
+    memory = io.BytesIO()
+    figure.savefig(memory, format="png", dpi=80)
+    pyplot.close(figure)
+    return memory.getvalue()
 
 
-def save_plot(figure, path):
-    with whole_file(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=80)
-    plots().close(figure)
+def surest_errors(rows, path, most=60):
+    """A contact sheet of the surest wrong predictions, saved to path; its png."""
+    wrong = rows[rows.label != rows.prediction].sort_values("confidence", ascending=False)
+    cells = []
+    for row in wrong.head(most).itertuples():
+        image = Image.fromarray(crnn.load_image(row.image_path).numpy())
+        said = f"{row.prediction}   ({row.confidence:.2f})"
+        cells.append((image, [(said, "#c00000"), (row.label, "#007020")]))
+    crnn.contact_sheet(path, cells, columns=4)
+    return path.read_bytes()
 
 
-def draw_errors(rows, path, most=60):
-    """A sheet of the surest wrong readings: picture, what it was read as, and the label."""
-    wrong = rows[rows.label != rows.prediction].sort_values("confidence", ascending=False).head(most)
-    columns, width, height = 4, 300, 84
-    sheet = Image.new("RGB", (columns * width, max(1, -(-len(wrong) // columns)) * height), "white")
-    draw = ImageDraw.Draw(sheet)
-    ours = Path(__file__).parent / "myFonts" / "DejaVuSans.ttf"
-    font = ImageFont.truetype(str(ours), 13) if ours.exists() else ImageFont.load_default(13)
-    for i, row in enumerate(wrong.itertuples()):
-        x, y = i % columns * width + 6, i // columns * height + 4
-        picture = Image.fromarray(load_image(row.path).numpy())
-        sheet.paste(ImageOps.contain(picture, (width - 14, 40)), (x, y))
-        draw.text((x, y + 42), f"{row.prediction}   ({row.confidence:.2f})", font=font, fill="#c00000")
-        draw.text((x, y + 58), row.label, font=font, fill="#007020")
-    with whole_file(path) as temporary:
-        sheet.save(temporary, format="PNG")
+PAGE = (
+    "<!doctype html><meta charset=utf-8><meta name=viewport content='width=device-width'>"
+    "<title>Report</title><style>body{font:15px/1.5 sans-serif;max-width:75em;margin:2em auto;"
+    "padding:0 1em}table{border-collapse:collapse}td,th{padding:2px 12px;text-align:left}"
+    "th{white-space:pre}div{overflow-x:auto}img{max-width:100%}</style>"
+)
 
 
 def write_report(rows):
-    """confusions.png, reject_curve.png, worst_errors.png and, with all of them in it, index.html, in REPORT_DIR."""
-    folder = Path(REPORT_DIR)
-    plot_confusions(rows, folder / "confusions.png")
-    plot_reject_curve(rows, folder / "reject_curve.png")
-    draw_errors(rows, folder / "worst_errors.png")
-    table = lambda head, lines: "<table><tr>" + "".join(f"<th>{html.escape(h)}" for h in head) + "".join(
-        "<tr>" + "".join(f"<td>{html.escape(str(cell))}" for cell in line) for line in lines) + "</table>"
-    shares = lambda groups: [(name, f"{row.images:,.0f}", f"{row.exact:.1%}", f"{row.CER:.1%}", f"{row.folded:.1%}" if row.single else "-")
-                             for name, row in score_table(list(rows.label), list(rows.prediction), list(groups)).iterrows()]
-    lengths = rows.label.str.len().map(lambda n: " 1 character" if n == 1 else f"{(n - 2) // 4 * 4 + 2:2} to {(n - 2) // 4 * 4 + 5}")
-    confused = Counter(edit for label, prediction in zip(rows.label, rows.prediction) for edit in edits(label, prediction))
-    named = {"": "(nothing)", " ": "(space)"}
-    head = ["", "images", "exact", "CER", "single characters, look-alikes folded"]
-    picture = lambda name, what: f'<h2>{what}</h2><img alt="{what}" src="data:image/png;base64,' \
-        + base64.b64encode((folder / name).read_bytes()).decode() + '">'
-    page = [
-        "<!doctype html><meta charset=utf-8><title>Readings</title><style>body{font:15px/1.5 sans-serif;max-width:75em;margin:2em auto;padding:0 1em}"
-        "table{border-collapse:collapse;margin:1em 0}td,th{border-bottom:1px solid #ccc;padding:2px 12px;text-align:left}img{max-width:100%}"
-        "td:first-child{white-space:pre}</style>", f"<h1>{len(rows):,} labelled pictures read by {html.escape(str(MODEL_PATH))}</h1>",
-        table(["what", "how often"], summary(rows)), "<h2>By source</h2>", table(head, shares(rows.source)), "<h2>By length</h2>",
-        table(head, shares(lengths)), "<h2>The most frequent errors</h2>",
-        table(["label", "read as", "times"], [(named.get(a, a), named.get(b, b), n) for (a, b), n in confused.most_common(25)]),
-        picture("confusions.png", "Which characters are confused"), picture("reject_curve.png", "What confidence is worth"),
-        picture("worst_errors.png", "The surest errors: read in red, label in green"),
-    ]
-    with whole_file(folder / "index.html") as temporary:
-        temporary.write_text("\n".join(page), encoding="utf-8")
+    """index.html in REPORT_DIR: one page with all its tables and images in it."""
+    import pandas as pd
+
+    confused = Counter(e for pair in zip(rows.label, rows.prediction) for e in edits(*pair))
+    lengths = rows.label.str.len().map(lambda n: f"{1 if n == 1 else (n - 2) // 4 * 4 + 2:2}+")
+    by_length = crnn.score_table(rows.assign(length=lengths), "length")
+    shown = {"": "(nothing)", " ": "(space)"}
+    errors = [(shown.get(a, a), shown.get(b, b), n) for (a, b), n in confused.most_common(25)]
+    percent = dict.fromkeys(["exact", "CER", "folded"], "{:.1%}".format)
+    table = partial(pd.DataFrame.to_html, formatters=percent, na_rep="-", border=0)
+    sheet = Path(REPORT_DIR) / "surest_errors.png"
+    sections = {
+        "All": table(pd.Series(summary(rows), name="how often").to_frame()),
+        "By source": table(crnn.score_table(rows)),
+        "By length, characters": table(by_length),
+        "The most frequent errors": table(pd.DataFrame(errors, columns=["label", "read", "times"])),
+        "Which characters are confused": embedded(plot(plot_confusions, confused)),
+        "What confidence is worth": embedded(plot(plot_confidence, rows, columns=2, size=(11, 4))),
+        "The surest errors, read in red": embedded(surest_errors(rows, sheet)),
+    }
+    page = f"{PAGE}<h1>{len(rows):,} labelled images read by {html.escape(str(model_path()))}</h1>"
+    page += "".join(f"<h2>{name}</h2><div>{part}</div>" for name, part in sections.items())
+    with whole_file(Path(REPORT_DIR) / "index.html") as temporary:
+        temporary.write_text(page, encoding="utf-8")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Results are written as they come, to hidden files that get their names when all is read
-
-def unfinished(path, samples):
-    """Where the results of reading these samples with this model stand until they are complete."""
-    work = zlib.crc32(repr(samples).encode(), zlib.crc32(Path(model_path()).read_bytes()))
-    return Path(path).with_name(f".{Path(path).name}.{work:08x}.part")
+# --------------------------------------------------------------------------------------------------
+# ONNX
 
 
-def resume(paths):
-    """Cut files with a line per picture, the first with a header, to what all of them hold. Returns the rows of the first."""
-    if not all(path.exists() for path in paths):
-        return []
-    lines = [path.read_text(encoding="utf-8").split("\n")[:-1] for path in paths]  # what comes after the last line's end is half a line
-    complete = min([len(lines[0]) - 1] + [len(more) for more in lines[1:]])
-    rows = list(csv.reader(lines[0][:complete + 1]))[1:]
-    if len(rows) != complete or any(len(row) != 5 for row in rows):  # a label with a line break in it
-        return []
-    for path, kept, header in zip(paths, lines, (1, 0)):
-        path.write_text("".join(f"{line}\n" for line in kept[:complete + header]), encoding="utf-8", newline="\n")
-    return [(Path(path), label, source, prediction, float(confidence)) for path, label, source, prediction, confidence in rows]
+class Unpadded(torch.nn.Module):
+    """What an exported CRNN computes, without what only padding needs."""
+
+    def forward(self, ink):
+        """Ink (N, 1, H, W), 0 = paper, 1 = ink, all of one width, to log-probs (T, N, C)."""
+        return self.model.sequence(self.model.features(ink)).log_softmax(2)
 
 
-def read_all(samples, checkpoint):
-    """Read samples, print and write each reading. Returns rows (path, label, source, prediction, confidence), and how many were skipped."""
-    paths = [unfinished(path, samples) for path in (PREDICTIONS_CSV, PREDICTIONS_JSONL) if path]
-    paths[0].parent.mkdir(parents=True, exist_ok=True)
-    read = resume(paths)
-    done, skipped, rest = Counter(row[0] for row in read), 0, []
-    for sample in samples:
-        if done[sample[0]]:
-            done[sample[0]] -= 1
-        else:
-            rest.append(sample)
-    if read:
-        print(f"going on after {len(read):,} pictures that an interrupted run has read\n")
-    with ExitStack() as files:
-        file, *lines = [files.enter_context(open(path, "a" if read else "w", newline="", encoding="utf-8")) for path in paths]
-        table = csv.writer(file, quoting=csv.QUOTE_ALL, lineterminator="\n")
-        if not read:
-            table.writerow(["image_path", "label", "source", "prediction", "confidence"])
-        for start in range(0, len(rest), CHUNK):
-            chunk = rest[start:start + CHUNK]
-            for (path, label, source), reading in zip(chunk, recognize([path for path, _, _ in chunk], checkpoint)):
-                if reading is None:
-                    skipped += 1
-                    continue
-                report(path, label, reading)
-                read.append((path, label, source, reading.text, reading.confidence))
-                table.writerow([path.as_posix(), *read[-1][1:4], f"{reading.confidence:.4f}"])
-                for line in lines:
-                    print(as_json(path, label, source, reading), file=line)
-            for written in (file, *lines):
-                written.flush()
-    for path, name in zip(paths, filter(None, (PREDICTIONS_CSV, PREDICTIONS_JSONL))):
-        os.replace(path, name)
-    return read, skipped
+def export_onnx(path, model):
+    """Write the network as ONNX, with its characters, the classes from 1 on, in the metadata."""
+    missing = [name for name in ("onnx", "onnxscript") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise InputError(f"writing {path} needs packages: pip install {' '.join(missing)}")
+    example = torch.zeros(2, 1, crnn.HEIGHT, 100)
+    sizes = {0: torch.export.Dim("N", min=1, max=2**12), 3: torch.export.Dim("W", min=8, max=2**14)}
+    names = dict(input_names=["ink"], output_names=["log_probs"], dynamic_shapes={"ink": sizes})
+    network = Unpadded()
+    network.model = model
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the exporter about its own workings
+        program = torch.onnx.export(network, (example,), dynamo=True, verbose=False, **names)
+    program.model.metadata_props["charset"] = model.charset.characters
+    with whole_file(path) as temporary:
+        program.save(temporary, external_data=False)
+    print(f"{model_path()} written as {path}")
 
 
 def main(arguments=()):
     """Read what the arguments name, or test rows where there are none. Returns the exit status."""
-    try:
-        checkpoint = load_checkpoint(model_path(), DEVICE)
-        print(f"reading with {model_path()}")
-        if ONNX_PATH:
-            export_onnx(ONNX_PATH, *checkpoint[:2])
-            print(f"{model_path()} written as {ONNX_PATH}")
-        samples = find_pictures(arguments) if arguments else from_csv(DATA_CSV, only_test=True)
-    except ValueError as error:
-        raise SystemExit(str(error))
+    model = load_checkpoint(model_path(), DEVICE)
+    print(f"reading with {model_path()}")
+    if ONNX_PATH:
+        export_onnx(ONNX_PATH, load_checkpoint(model_path()))
+    samples = find_images(arguments) if arguments else from_csv(DATA_CSV, only_test=True)
     if not samples:
-        raise SystemExit(f"{DATA_CSV} has no test rows: name pictures instead, python inference_crnn.py PATH")
-
-    try:
-        read, skipped = read_all(samples, checkpoint)
-    except OSError as error:
-        raise SystemExit(f"cannot write {PREDICTIONS_CSV}: {error}. Make room, or set PREDICTIONS_CSV to another place")
-    except KeyboardInterrupt:
-        raise SystemExit("stopped: the same command goes on where it was")
-
-    if any(label for _, label, *_ in read):
-        import pandas as pd  # here, so that reading a single picture does not wait for it
-        rows = pd.DataFrame([row for row in read if row[1]], columns=["path", "label", "source", "prediction", "confidence"])
-        rows["source"] = rows.source.replace("", "unnamed")
-        print(f"{format_score_table(score_table(list(rows.label), list(rows.prediction), list(rows.source)))}\n")
+        raise InputError(f"{DATA_CSV} has no test rows: name images, python inference_crnn.py PATH")
+    rows, skipped = read_all(samples, model)
+    labelled = rows[rows.label != ""].assign(source=rows.source.replace("", "unnamed"))
+    if len(labelled):
+        print(f"{crnn.format_score_table(crnn.score_table(labelled))}\n")
         if REPORT_DIR:
-            write_report(rows)
+            write_report(labelled)
             print(f"report: {Path(REPORT_DIR).as_posix()}/index.html")
-    print(f"{len(read):,} pictures read, {sum(row[4] < MIN_CONFIDENCE for row in read):,} of them below MIN_CONFIDENCE = {MIN_CONFIDENCE}; "
-          f"{skipped:,} skipped; all in {PREDICTIONS_CSV}")
+    unsure = (rows.confidence < MIN_CONFIDENCE).sum()
+    print(f"{len(rows):,} images read, {unsure:,} below MIN_CONFIDENCE = {MIN_CONFIDENCE}")
+    print(f"{skipped:,} skipped; all in {PREDICTIONS_CSV}")
     return int(skipped > 0)
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(encoding="utf-8")
-    sys.exit(main(sys.argv[1:]))
+    crnn.run(main, sys.argv[1:])
