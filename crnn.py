@@ -5,8 +5,7 @@ columns of it into one frame; an LSTM reads the frames in both directions; conne
 classification (CTC) aligns them with the text. Functions here take arguments only: the constants
 that a user edits are at the top of the scripts.
 
-Letters in shapes: N images, H height, W width in pixels, T frames (one per 4 pixels of width),
-C classes, D features.
+Letters in shapes: N images, H height, W width (pixels), T frames, C classes, D features.
 """
 
 import copy
@@ -619,7 +618,7 @@ def load_checkpoint(path, device="cpu", learn=False):
 
     Raises InputError, one line, when it is missing, damaged, or not a checkpoint of this project.
     """
-    remedy = "run python train_crnn.py first, or set MODEL_PATH to a checkpoint of this version"
+    remedy = "run python train_crnn.py first, or set MODEL_PATH (INIT_WEIGHTS) to another"
     if not Path(path).is_file():
         raise InputError(f"no {path}: {remedy}")
     try:

@@ -373,7 +373,7 @@ def main(arguments=()):
     if not samples:
         raise InputError(f"{DATA_CSV} has no test rows: name images, python inference_crnn.py PATH")
     rows, skipped = read_all(samples, model)
-    labelled = rows[rows.label != ""].assign(source=rows.source.replace("", "unnamed"))
+    labelled = rows.assign(source=rows.source.replace("", "unnamed"))[rows.label != ""]
     if len(labelled):
         print(f"{crnn.format_score_table(crnn.score_table(labelled))}\n")
         if REPORT_DIR:

@@ -482,7 +482,7 @@ def emnist_class(settings, split, character):
     y, x = ((ink * place).sum((1, 2)) / area for place in (rows, columns))  # the centre, both (n,)
     dy, dx = rows - y[:, None, None], columns - x[:, None, None]  # both (n, 28, 28)
     slant = -(ink * dx * dy).sum((1, 2)) / (ink * dy * dy).sum((1, 2)).clip(1)
-    slant -= np.median(slant)  # an L leans to nobody's side
+    slant -= np.median(slant) if len(slant) else 0  # an L leans to nobody's side
     stroke = 2.5 * area / sum(edges).clip(1)  # area over half of the perimeter, nearly
     return images, np.stack([stroke, ink.max(2).sum(1), slant], 1)  # (n, 3)
 
@@ -573,8 +573,8 @@ def bent(ink, warp):
     """A line (H, W) turned a little and now and then in waves; warp: as if by another hand."""
     angle = uniform(-1, 1) * choice([0, 0, 1, 2, 3])  # degrees
     rise = np.tan(np.radians(angle)) * ink.shape[1]
-    tall, pad = len(ink), round(abs(rise) / 2 + len(ink) / 8)
-    ink = np.pad(ink, ((pad, pad), (4, 4)))
+    tall, room = len(ink), round(abs(rise) / 2 + warp * len(ink) / 8) + 1  # to move into
+    ink = np.pad(ink, ((room, room), (4, 4)))
     h, w = ink.shape
     y, x = np.mgrid[:h, :w].astype(np.float32)  # (H, W) each
     if warp:  # other proportions, other curves: fifty fonts would be learned by heart
@@ -583,10 +583,7 @@ def bent(ink, warp):
         x = uneven(w, max(2, round(2 * w / tall)))[None] + reach * (clouds((h, w), patches) - 0.5)
     waves = 0.05 * tall * chance(0.08) * np.sin(np.arange(w) * uniform(3, 18) / tall)
     y = y + waves + rise * (np.arange(w) / w - 0.5)
-    ink = cv2.remap(ink, x.astype(np.float32), y.astype(np.float32), cv2.INTER_LINEAR)
-    top, bottom, _, _ = ink_box(ink)
-    pad = randint(0, pad)  # that is cut off again, as far as there is no ink
-    return ink[min(top, pad) : max(bottom + 1, h - pad)]
+    return cv2.remap(ink, x.astype(np.float32), y.astype(np.float32), cv2.INTER_LINEAR)
 
 
 def uneven(length, pieces):

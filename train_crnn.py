@@ -50,8 +50,7 @@ FROM_NOTHING = dict(
 )
 # From INIT_WEIGHTS, whose characters and size are kept. Larger steps would unlearn what the new
 # images do not show, and the first errors of a second head would pull learned weights away.
-FINE_TUNE = dict(matrix_learning_rate=1e-3, learning_rate=3e-4)
-FINE_TUNE |= dict(shortcut_weight=0, frozen_norms=1)
+FINE_TUNE = dict(matrix_learning_rate=1e-3, learning_rate=3e-4, shortcut_weight=0, frozen_norms=1)
 EPOCHS = 2  # passes over the training rows; from nothing, 3 are few and 10 are better
 MIN_STEPS = 2_000  # batches; with few images there are more epochs, until there are as many
 BATCH_SIZE = 32  # images of a step, all of about one width, over all processes together
@@ -133,8 +132,8 @@ def load_images(paths):
         if workers > 1 and len(paths) >= 500:  # starting processes takes longer than reading fewer
             pool = stack.enter_context(ProcessPoolExecutor(workers))
             loaded = pool.map(load_array, paths, chunksize=128)
-        hidden = rank() > 0 or None  # None: no bar in a log file
-        yield from tqdm(loaded, "reading images", len(paths), unit="img", disable=hidden)
+        look = dict(unit="img", disable=rank() > 0 or None)  # None: no bar in a log file
+        yield from tqdm(loaded, "reading images", len(paths), **look)
 
 
 def load_array(path):
@@ -178,7 +177,7 @@ def load_rows(rows, charset):
             targets.append(charset.encode(row.label))
     # One by one, so that the decoded images are not held twice.
     buckets = {width: make_bucket(width, *widths.pop(width)) for width in sorted(widths)}
-    rows["reason"], rows["particulars"] = zip(*reasons)
+    rows = rows.assign(reason=[r for r, _ in reasons], particulars=[p for _, p in reasons])
     everything = pd.concat(gather(rows))
     report_data(everything, charset)
     if not ((everything.split == "train") & everything.reason.isna()).any():
@@ -199,6 +198,16 @@ def report_data(rows, charset):
         print(f"left out: {len(group):,} rows, {reason}")
         for row in group.head(SHOWN).itertuples():
             print(f"    {row.image_path} {row.label[:40]!r} {row.particulars}".rstrip())
+
+
+def some_training_rows(buckets, charset):
+    """Some training images with their labels in the form of val rows, for data that has none."""
+    print("no val rows: exact match is measured on training rows, which says little about others")
+    rows = []
+    for bucket in buckets.values():
+        for image, target, length in zip(*(tensor[:200] for tensor in bucket)):
+            rows.append((image[0].numpy(), charset.decode(target[:length].tolist()), "train"))
+    return pd.DataFrame(rows, columns=["image", "label", "source"])
 
 
 def gather(part):
@@ -536,9 +545,8 @@ def keep_if_best(state, model, exact, cer, rows):
 def fingerprint(rows):
     """What must be the same for a resumed training to reach the same weights: rows, constants."""
     text = rows[["image_path", "label", "split"]].to_csv(index=False)
-    plain = (int, float, str, tuple, dict, type(None))
-    names = [name for name in globals() if name.isupper() and name not in FREE]
-    constants = {name: globals()[name] for name in names if isinstance(globals()[name], plain)}
+    names = [name for name in globals() if len(name) > 1 and name.isupper() and name not in FREE]
+    constants = {name: globals()[name] for name in names if not callable(globals()[name])}
     return f"{zlib.crc32(text.encode()):08x} {world_size()} {constants}"
 
 
@@ -549,7 +557,7 @@ def load_state(expected, parts):
         saved = torch.load(path, map_location="cpu", weights_only=True)
         same = saved["fingerprint"] == expected
     except Exception as error:  # torch.load raises pickle, zip, key and runtime errors
-        raise InputError(f"RESUME: {path} cannot be read ({error}): {remedy}") from None
+        raise InputError(f"RESUME: {path} is unreadable, {type(error)}: {remedy}") from None
     if not same:
         raise InputError(f"RESUME: {path} is of other data or constants: restore them, or {remedy}")
     for name, part in parts.items():
@@ -603,16 +611,13 @@ def load_data():
     """All rows of DATA_CSV, its Charset, and this process's buckets, val rows and test rows."""
     known = crnn.load_checkpoint(INIT_WEIGHTS).charset.characters if INIT_WEIGHTS else ""
     rows, charset = read_rows(known)
-    if not (rows.split == "val").any():
-        print("no val rows: exact match is measured on training rows, and says little about others")
-        rows = pd.concat([rows, rows[rows.split == "train"].head(2_000).assign(split="val")])
     # Deal rows out by label length, so that every rank gets the same mix of widths.
     order = np.argsort(rows.label.str.len(), kind="stable")[rank() :: world_size()]
     share = rows.iloc[order] if world_size() > 1 else rows
-    buckets, scored = load_rows(share.copy(), charset)
+    buckets, scored = load_rows(share, charset)
     val, test = (scored[scored.split == split] for split in ("val", "test"))
     if not sum(gather(len(val))):
-        raise InputError(f"{DATA_CSV} leaves no val row: see the reasons above")
+        val = some_training_rows(buckets, charset)
     return rows, charset, buckets, val, test
 
 
@@ -630,7 +635,7 @@ def finish(state, device, val, test):
         return
     print(f"\nTest rows, never trained on, read by epoch {best.facts['epoch']} (folded: O is 0)")
     seen = read(best, test)
-    for column in [column for column in ("source", "style") if column in seen]:
+    for column in seen.columns.intersection(["source", "style"]):
         print(f"{crnn.format_score_table(crnn.score_table(seen, column))}\n")
     error = crnn.calibration_error(seen.confidence, seen.label == seen.prediction)
     print(f"confidence and share of right readings lie {error:.1%} apart (calibration error)")
@@ -655,8 +660,8 @@ def main():
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     parts = dict(net=net, scaler=scaler, muon=optimizers[0], adamw=optimizers[1])
     parts |= {f"schedule {i}": schedule for i, schedule in enumerate(schedules)}
-    count = sum(p.numel() for p in model.parameters())
-    print(f"{count:,} weights, {epochs} epochs of {batches:,} batches on {device} in {dtype}")
+    weights = f"{sum(p.numel() for p in model.parameters()):,} weights"
+    print(f"{weights}, {epochs} epochs of {batches:,} batches on {device} in {dtype}")
 
     state = dict(epoch=0, best=-1.0, seconds=0.0, history=[], fingerprint=fingerprint(rows))
     if RESUME:
@@ -702,7 +707,8 @@ def main():
                 crnn.save_tensors(resume_path(), dict(state, **saved))
                 write_history(state["history"], curves=shown)
     except KeyboardInterrupt:
-        print(f"\nstopped after epoch {state['epoch']}: set RESUME = True to go on from there")
+        done = state["epoch"]
+        print(f"\nstopped after epoch {done}" + ": set RESUME = True to go on" * (done > 0))
         if state["best"] < 0 or world_size() > 1:
             return 130
     finish(state, device, val, test)

@@ -56,7 +56,7 @@ def rows_with_ink(image):
 # ---- how a script ends
 MENDABLE = [
     (InputError("no data.csv: write one"), "no data.csv: write one"),
-    (KeyboardInterrupt(), "stopped: run the same command again, and it goes on .*"),
+    (KeyboardInterrupt(), "stopped: run the same command to go on .*"),
     (OSError(28, "No space left", "out.csv"), "cannot write: .*No space left: 'out.csv'.*"),
 ]
 

@@ -1,5 +1,5 @@
 """Reading: from Python, from the command line, and the three scripts in sequence."""
-import csv
+
 import json
 import os
 import re
@@ -7,257 +7,324 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import DEFAULT, Mock
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from conftest import ROOT, fake_emnist, line_image, write_csv
 from PIL import Image
 
-from conftest import ROOT, fake_emnist, line_image, write_csv
-from crnn import CRNN, Character, Charset, Reading, load_checkpoint, save_checkpoint
+import crnn
+from crnn import CRNN, Character, Charset, InputError, Reading, load_checkpoint, save_checkpoint
 
 
 @pytest.fixture
 def checkpoint(infer):
     """An untrained network: what it reads is nonsense, how it is reported is not."""
-    charset = Charset("".join(map(chr, range(32, 127))))
-    model = CRNN(charset.num_classes, channels=(8, 16, 24, 32), hidden=16)
-    save_checkpoint(infer.MODEL_PATH, model, charset)
-    return infer.MODEL_PATH
+    characters = "".join(map(chr, range(32, 127)))
+    save_checkpoint(infer.MODEL_PATH, CRNN(Charset(characters), (8, 16, 24, 32), 16))
+    return Path(infer.MODEL_PATH)
+
+
+@pytest.fixture
+def line(tmp_path, checkpoint):
+    """The path of an image of one line, with a model to read it."""
+    line_image("Rg7").save(tmp_path / "a b ü.png")
+    return str(tmp_path / "a b ü.png")
 
 
 def predictions(infer):
-    with open(infer.PREDICTIONS_CSV, newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
+    """PREDICTIONS_CSV, all of it strings."""
+    return pd.read_csv(infer.PREDICTIONS_CSV, dtype=str, keep_default_na=False)
 
 
-def test_recognize_takes_paths_pictures_and_arrays(infer, checkpoint, tmp_path, capsys):
-    image = line_image("Rg7")
-    image.save(tmp_path / "a b ü.png")
+def python(*arguments, **options):
+    """Run python. Returns what it printed, and its status."""
+    pipes = dict(capture_output=True, text=True, encoding="utf-8", timeout=120)
+    return subprocess.run([sys.executable, *map(str, arguments)], **pipes, **options)
+
+
+# ---- reading
+
+
+def test_recognize_takes_paths_images_and_arrays(infer, checkpoint, line, tmp_path, capsys):
     (tmp_path / "bad.png").write_bytes(b"bad")
-    sources = [tmp_path / "a b ü.png", str(tmp_path / "a b ü.png"), image, np.asarray(image), tmp_path / "bad.png", line_image("wider than that")]
-    readings = infer.recognize(sources, checkpoint)
-    assert len(readings) == 6 and readings[4] is None and "bad.png" in capsys.readouterr().err
-    assert len({r.text for r in readings[:4]}) == 1 and all(0 <= r.confidence <= 1 for r in readings if r)
-    assert infer.recognize(sources[:1], load_checkpoint(checkpoint))[0].text == readings[0].text
+    image = line_image("Rg7")
+    same = [Path(line), line, image, np.asarray(image)]
+    readings = infer.recognize([*same, tmp_path / "bad.png", line_image("wider")], checkpoint)
+    assert [reading is None for reading in readings] == [False, False, False, False, True, False]
+    assert "bad.png" in capsys.readouterr().err
+    assert len({reading.text for reading in readings[:4]}) == 1
+    assert 0 <= readings[5].confidence <= 1
+    for model in (load_checkpoint(checkpoint), str(checkpoint), None):
+        assert infer.recognize([line], model)[0].text == readings[0].text
     assert infer.recognize([], checkpoint) == []
 
 
-def test_reads_pictures_folders_and_csv(infer, checkpoint, tmp_path, capsys):
-    write_csv(tmp_path / "my forms", ["cat", "NA", "007", "it's"], name="own.csv")
+def test_reads_images_folders_and_csv(infer, line, tmp_path, capsys):
+    labels, folder = ["cat", "NA", "007", "it's"], tmp_path / "my forms"
+    path = write_csv(folder, labels, name="own.csv")
     line_image("single").save(tmp_path / "single.PNG")
-    status = infer.main([str(tmp_path / "single.PNG"), str(tmp_path / "my forms"), str(tmp_path / "my forms" / "own.csv")])
+    assert infer.main([str(tmp_path / "single.PNG"), str(folder), str(path)]) == 0
     output, rows = capsys.readouterr().out, predictions(infer)
-    assert status == 0 and len(rows) == 1 + 4 + 4 and output.count("Image: ") == 9
-    assert [row["label"] for row in rows[5:]] == ["cat", "NA", "007", "it's"] and {row["label"] for row in rows[:5]} == {""}
-    assert [row["source"] for row in rows[5:]] == ["custom"] * 4 and output.count("Ground Truth: ") == 4
-    assert list(rows[0]) == ["image_path", "label", "source", "prediction", "confidence"]
+    assert list(rows) == ["image_path", "label", "source", "prediction", "confidence"]
+    assert list(rows.label) == [""] * 5 + labels
+    assert list(rows.source) == [""] * 5 + ["custom"] * 4
     assert re.search(r"^custom +4 ", output, re.M)  # scored by source
-    blocks = re.findall(r"^Image: (.+)\nGround Truth: (.+)\nPredicted   : (.*)  \(confidence \d\.\d\d(?:, please check)?\)\n\n", output, re.M)
-    assert [(Path(path).name, label) for path, label, _ in blocks] == [("0.png", "cat"), ("1.png", "NA"), ("2.png", "007"), ("3.png", "it's")]
+    assert len(re.findall(r"^Image: .*\nPredicted   : ", output, re.M)) == 5
+    block = r"^Image: (.+)\nGround Truth: (.+)\nPredicted   : .*  \(confidence \d\.\d\d.*\)\n\n"
+    shown = [(str(folder / f"{i}.png"), label) for i, label in enumerate(labels)]
+    assert re.findall(block, output, re.M) == shown
 
 
-def test_the_constant_number_of_test_rows(infer, checkpoint, tmp_path, monkeypatch, capsys):
+def test_the_constant_number_of_test_rows(infer, checkpoint, tmp_path):
     write_csv(tmp_path / "datasets", [f"w{i}" for i in range(60)], split=["train", "test"] * 30)
-    monkeypatch.setattr(infer, "NUM_SAMPLES", 7)
+    infer.set(NUM_SAMPLES=7)
     assert infer.main() == 0
-    rows = predictions(infer)
-    assert 5 <= len(rows) <= 7 and all(int(row["label"][1:]) % 2 for row in rows)
+    numbers = [int(label[1:]) for label in predictions(infer).label]
+    assert len(numbers) in (5, 6, 7)
+    assert {number % 2 for number in numbers} == {1}
+    assert max(numbers) - min(numbers) > 40  # spread over all
 
 
-def test_the_shipped_weights_stand_in_for_a_model_of_ones_own(infer, checkpoint, tmp_path, monkeypatch, capsys):
-    line_image("abc").save(tmp_path / "line.png")
-    shipped = tmp_path / "pretrained.pth"
+def test_the_shipped_weights_stand_in_for_a_model_of_ones_own(infer, checkpoint, line, capsys):
+    shipped = checkpoint.with_name("pretrained.pth")
     shutil.copy(checkpoint, shipped)
-    monkeypatch.setattr(infer, "PRETRAINED", str(shipped))
-    infer.main([str(tmp_path / "line.png")])
+    infer.set(PRETRAINED=str(shipped))
+    infer.main([line])
     assert f"reading with {checkpoint}" in capsys.readouterr().out
-    Path(checkpoint).unlink()
-    infer.main([str(tmp_path / "line.png")])
-    assert f"reading with {shipped}" in capsys.readouterr().out and infer.recognize([line_image("abc")])[0] is not None
+    checkpoint.unlink()
+    infer.main([line])
+    assert f"reading with {shipped}" in capsys.readouterr().out
+    assert infer.recognize([line])[0] is not None
     shipped.unlink()
-    with pytest.raises(SystemExit, match="no .*crnn.pth: run python train_crnn.py first"):
-        infer.main([str(tmp_path / "line.png")])
+    with pytest.raises(InputError, match="no .*crnn.pth: run python train_crnn.py"):
+        infer.main([line])
 
 
-def test_low_confidence_is_marked(infer, checkpoint, tmp_path, monkeypatch, capsys):
-    line_image("x").save(tmp_path / "x.png")
-    monkeypatch.setattr(infer, "MIN_CONFIDENCE", 1.1)
-    infer.main([str(tmp_path / "x.png")])
-    assert "please check" in capsys.readouterr().out
-    monkeypatch.setattr(infer, "MIN_CONFIDENCE", 0)
-    infer.main([str(tmp_path / "x.png")])
-    assert "please check" not in capsys.readouterr().out
-
-
-def test_foreign_pictures_can_be_read(infer, checkpoint, capsys):
-    """The test set that other programs made: complete, and every picture of it loads."""
-    assert infer.main([str(ROOT / "tests" / "foreign" / "labels.csv")]) == 0
-    rows = predictions(infer)
-    assert len(rows) == 120 and len({row["image_path"] for row in rows}) == 120 and all(row["label"] for row in rows)
-    assert {row["source"] for row in rows} == {"form", "receipt", "label", "screen", "hand", "math", "single", "typeset"}
-
-
-def test_programs_get_a_line_per_picture(infer, checkpoint, tmp_path, monkeypatch, capsys):
-    write_csv(tmp_path / "own", ["cat", "NA"], name="own.csv")
-    monkeypatch.setattr(infer, "PREDICTIONS_JSONL", str(tmp_path / "predictions.jsonl"))
-    infer.main([str(tmp_path / "own" / "own.csv")])
-    lines = [json.loads(line) for line in (tmp_path / "predictions.jsonl").read_text(encoding="utf-8").splitlines()]
-    assert [line["label"] for line in lines] == ["cat", "NA"] and [line["prediction"] for line in lines] == [r["prediction"] for r in predictions(infer)]
-    for line in lines:
-        assert "".join(c["character"] for c in line["characters"]) == line["prediction"]
-        assert all(0 <= c["left"] <= c["right"] <= 1 and 0 <= c["confidence"] <= 1 for c in line["characters"])
-
-
-def test_onnx_reads_what_pytorch_reads(infer, checkpoint, tmp_path, monkeypatch, capsys):
-    """Where its packages are installed; any number of pictures of any width."""
-    pytest.importorskip("onnxscript")
-    onnxruntime = pytest.importorskip("onnxruntime")
-    line_image("x").save(tmp_path / "x.png")
-    monkeypatch.setattr(infer, "ONNX_PATH", str(tmp_path / "model.onnx"))
-    assert infer.main([str(tmp_path / "x.png")]) == 0
-    model, charset, _ = load_checkpoint(checkpoint)
-    session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
-    assert session.get_modelmeta().custom_metadata_map["charset"] == charset.characters
-    for number, width in ((1, 9), (1, 100), (3, 57), (8, 333)):
-        ink = torch.rand(number, 1, 32, width)
-        with torch.inference_mode():
-            expected = model(ink, torch.full((number,), width))[0].log_softmax(2)
-        assert np.allclose(session.run(None, {"ink": ink.numpy()})[0], expected.numpy(), atol=1e-3)
-
-
-def test_onnx_without_its_packages(infer, checkpoint, tmp_path, monkeypatch):
-    line_image("x").save(tmp_path / "x.png")
-    monkeypatch.setattr(infer, "ONNX_PATH", str(tmp_path / "model.onnx"))
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(SystemExit, match="pip install onnx onnxscript"):
-        infer.main([str(tmp_path / "x.png")])
-
-
-@pytest.mark.parametrize("cut", [False, True])
-def test_an_interrupted_run_goes_on(infer, checkpoint, tmp_path, monkeypatch, capsys, cut):
-    """What is read is not read again, not even where the last line was cut in half; the end is that of an uninterrupted run."""
-    write_csv(tmp_path / "own", [f"w{i}" for i in range(12)], name="own.csv")
-    monkeypatch.setattr(infer, "CHUNK", 5)
-    monkeypatch.setattr(infer, "PREDICTIONS_JSONL", str(tmp_path / "predictions.jsonl"))
-    arguments = [str(tmp_path / "own" / "own.csv")]
-    infer.main(arguments)
-    whole = [(tmp_path / name).read_bytes() for name in ("predictions.csv", "predictions.jsonl")]
-    recognize, asked = infer.recognize, []
-
-    def stopped(images, checkpoint):
-        asked.extend(images)
-        if len(asked) == 10:
-            raise KeyboardInterrupt
-        return recognize(images, checkpoint)
-
-    monkeypatch.setattr(infer, "recognize", stopped)
-    with pytest.raises(SystemExit, match="goes on"):
-        infer.main(arguments)
-    if cut:
-        part, = tmp_path.glob(".predictions.csv.*.part")
-        part.write_bytes(part.read_bytes()[:-9])
-    del asked[:]
-    infer.main(arguments)
-    assert len(asked) == 7 + cut and "going on after" in capsys.readouterr().out
-    assert [(tmp_path / name).read_bytes() for name in ("predictions.csv", "predictions.jsonl")] == whole
-    assert not list(tmp_path.glob(".predictions*"))
+@pytest.mark.parametrize("least, marked", [(1.1, True), (0, False)])
+def test_low_confidence_is_marked(infer, line, capsys, least, marked):
+    infer.set(MIN_CONFIDENCE=least)
+    infer.main([line])
+    output = capsys.readouterr().out
+    assert ("please check" in output) == marked
+    assert f"1 images read, {int(marked)} below MIN_CONFIDENCE" in output
 
 
 def test_doubtful_characters_are_named(infer):
-    reading = Reading("O1", 0.3, [Character("O", 0.61, 0, 0.5, [("0", 0.37)]), Character("1", 0.9, 0.5, 1, [("l", 0.05)])])
-    assert infer.doubtful_characters(reading) == ": O 0.61 · 0 0.37"
-    assert infer.doubtful_characters(Reading("", 0.3, [])) == ""
+    doubtful = Character("O", 0.61, 0, 0.5, [("0", 0.37)])
+    surer = Character("1", 0.9, 0.5, 1, [("l", 0.05)])
+    reading = Reading("1O", 0.3, [surer, doubtful])
+    assert infer.doubtful_character(reading) == ": O 0.61 · 0 0.37"
+    assert infer.doubtful_character(Reading("", 0.3, [])) == ""
 
 
-def test_the_report_counts_errors_and_stands_alone(infer, tmp_path, monkeypatch, capsys):
-    """A page with all its pictures in it, whose figures are those of known readings, awkward characters included."""
-    folder = tmp_path / "report"
-    monkeypatch.setattr(infer, "REPORT_DIR", str(folder))
-    labels, predictions = ["AA", "b c", "$5", "<b>", "one"], ["AA", "bc", "S5", "<b>", "One"]
-    csv_path = write_csv(tmp_path / "own", labels)
-    rows = pd.DataFrame(dict(path=[csv_path.parent / f"{i}.png" for i in range(5)], label=labels, prediction=predictions,
-                             confidence=[0.99, 0.4, 0.8, 0.9, 0.6], source="own"))
-    figures = dict(infer.summary(rows))
-    assert figures["exact match"] == "40.0% of 5" and figures["exact match but for case"] == "60.0% of 5"
-    assert figures["character error rate"].startswith("23.08%") and figures["characters not read"] == "1"
-    assert figures["characters read as another"] == "2" and figures["errors that are only of case"] == "1"
-    assert figures["spaces lost or invented"] == "1 among 1 spaces" and figures["exact match of lines with doubled characters"] == "100.0% of 1"
-    infer.write_report(rows)
-    page = (folder / "index.html").read_text(encoding="utf-8")
-    assert page.count("data:image/png;base64,") == 3 and "http" not in page and "<td>$<td>S<td>1" in page and "<td>own" in page
-    for name in ("confusions.png", "reject_curve.png", "worst_errors.png"):
-        with Image.open(folder / name) as picture:
-            assert picture.width > 300
-    infer.write_report(rows[:1])  # without any error
-    assert "100.0% of 1" in (folder / "index.html").read_text(encoding="utf-8")
+def test_foreign_images_can_be_read(infer, checkpoint):
+    """The test set that other programs made: complete, and every image of it loads."""
+    assert infer.main([str(ROOT / "tests" / "foreign" / "labels.csv")]) == 0
+    rows = predictions(infer)
+    assert len(rows) == 120
+    assert rows.image_path.nunique() == 120
+    assert "" not in set(rows.label)
+    sources = " ".join(sorted(set(rows.source)))
+    assert sources == "form hand label math receipt screen single typeset"
 
 
-def test_unreadable_pictures_are_reported_and_the_rest_is_read(infer, checkpoint, tmp_path, capsys):
-    folder = tmp_path / "mixed"
-    write_csv(folder, ["cat", "dog"])
+def test_unreadable_images_are_reported_and_the_rest_is_read(infer, checkpoint, tmp_path, capsys):
+    folder = write_csv(tmp_path / "mixed", ["cat", "dog"]).parent
     (folder / "zero.png").write_bytes(b"")
     (folder / "half.png").write_bytes((folder / "0.png").read_bytes()[:90])
-    (folder / "text.jpg").write_text("no picture")
+    (folder / "text.jpg").write_text("no image")
     assert infer.main([str(folder), str(tmp_path / "missing.png")]) == 1
     captured = capsys.readouterr()
-    assert len(predictions(infer)) == 2 and "4 skipped" in captured.out
+    assert len(predictions(infer)) == 2
+    assert "4 skipped" in captured.out
     for name in ("zero.png", "half.png", "text.jpg", "missing.png"):
         assert name in captured.err
 
 
-@pytest.mark.parametrize("case, complaint", [
-    ("no checkpoint", "train_crnn.py first"), ("foreign checkpoint", "not a checkpoint of this project"), ("no data.csv", "prepare_ocr_dataset.py first"),
-    ("no test rows", "no test rows"), ("empty folder", "holds no pictures"), ("csv without label", "no column label"), ("unwritable", "PREDICTIONS_CSV")])
-def test_one_line_says_what_to_do(infer, checkpoint, tmp_path, monkeypatch, case, complaint):
-    line_image("x").save(tmp_path / "x.png")
-    (tmp_path / "empty").mkdir()
+def test_nothing_that_can_be_read(infer, checkpoint, tmp_path, capsys):
+    assert infer.main([str(tmp_path / "missing.png")]) == 1
+    assert "1 skipped" in capsys.readouterr().out
+    assert len(predictions(infer)) == 0
+
+
+# ---- results
+
+
+def test_programs_get_a_line_per_image(infer, checkpoint, tmp_path):
+    path = write_csv(tmp_path / "own", ["cat", "NA"], name="own.csv")
+    (tmp_path / "own" / "bad.png").write_bytes(b"bad")
+    infer.set(PREDICTIONS_JSONL=str(tmp_path / "predictions.jsonl"))
+    infer.main([str(tmp_path / "own" / "bad.png"), str(path)])
+    text = (tmp_path / "predictions.jsonl").read_text(encoding="utf-8")
+    lines, rows = list(map(json.loads, text.splitlines())), predictions(infer)
+    assert [line["label"] for line in lines] == ["cat", "NA"]
+    assert [line["prediction"] for line in lines] == list(rows.prediction)
+    for line in lines:
+        assert "".join(c["character"] for c in line["characters"]) == line["prediction"]
+        for c in line["characters"]:
+            assert 0 <= c["left"] <= c["right"] <= 1
+            assert 0 <= c["confidence"] <= 1
+
+
+@pytest.mark.parametrize("cut", [False, True])
+def test_an_interrupted_run_goes_on(infer, checkpoint, tmp_path, capsys, cut):
+    """Nothing is read again but a last line cut in half, and the end is that of a whole run."""
+    path = write_csv(tmp_path / "own", [f"w{i}" for i in range(12)], name="own.csv")
+    (tmp_path / "own" / "3.png").write_bytes(b"bad")
+    files = tmp_path / "predictions.csv", tmp_path / "predictions.jsonl"
+    infer.set(CHUNK=5, PREDICTIONS_JSONL=str(files[1]))
+    assert infer.main([str(path)]) == 1
+    whole = [file.read_bytes() for file in files]
+    first, then = Mock(wraps=infer.recognize), Mock(wraps=infer.recognize)
+    first.side_effect = [DEFAULT, KeyboardInterrupt]
+    infer.set(recognize=first)
+    with pytest.raises(SystemExit, match="^stopped"):
+        crnn.run(infer.main, [str(path)])
+    (part,) = tmp_path.glob(".predictions.csv.*.part")
+    if cut:
+        part.write_bytes(part.read_bytes()[:-9])
+    infer.set(recognize=then)
+    assert infer.main([str(path)]) == 1
+    output = capsys.readouterr().out
+    assert sum(len(call.args[0]) for call in then.call_args_list) == 7 + cut
+    assert f"going on after {5 - cut} images" in output
+    assert output.count("1 skipped") == 2  # also where that was before the interruption
+    assert [file.read_bytes() for file in files] == whole
+    assert list(tmp_path.glob(".predictions*")) == []
+
+
+REMEDIES = [
+    ("MODEL_PATH", "missing.pth", "run python train_crnn.py"),
+    ("MODEL_PATH", "bad.csv", "is not our checkpoint"),
+    ("DATA_CSV", "missing.csv", "prepare_ocr_dataset.py first"),
+    ("DATA_CSV", "train.csv", "has no test rows"),
+    ("PREDICTIONS_CSV", "bad.csv/predictions.csv", "cannot write"),
+    ("argument", "empty", "holds no images"),
+    ("argument", "bad.csv", "no column label"),
+]
+
+
+@pytest.mark.parametrize("constant, name, remedy", REMEDIES)
+def test_one_line_says_what_to_do(infer, line, tmp_path, constant, name, remedy):
+    write_csv(tmp_path, ["a"], name="train.csv", split="train")
     (tmp_path / "bad.csv").write_text("image_path,text\nx.png,x\n")
-    arguments = {"empty folder": [str(tmp_path / "empty")], "csv without label": [str(tmp_path / "bad.csv")],
-                 "unwritable": [str(tmp_path / "x.png")]}.get(case, [])
-    if case == "no checkpoint":
-        Path(checkpoint).unlink()
-    if case == "foreign checkpoint":
-        Path(checkpoint).write_bytes(b"something else")
-    if case == "no test rows":
-        write_csv(tmp_path / "datasets", ["a", "b"], split="train")
-    if case == "unwritable":
-        monkeypatch.setattr(infer, "PREDICTIONS_CSV", str(tmp_path / "x.png" / "predictions.csv"))
-    with pytest.raises(SystemExit, match=complaint) as stop:
-        infer.main(arguments)
+    (tmp_path / "empty").mkdir()
+    path = str(tmp_path / name)
+    arguments = {"argument": [path], "PREDICTIONS_CSV": [line]}.get(constant, [])
+    infer.set(**({} if constant == "argument" else {constant: path}))
+    with pytest.raises(SystemExit, match=remedy) as stop:
+        crnn.run(infer.main, arguments)
     assert "\n" not in str(stop.value)
 
 
-def test_readers_of_the_benchmark(infer, checkpoint, tmp_path):
-    csv_path = write_csv(tmp_path / "words", ["one", "two"], source="words")
-    def run(reader):
-        return subprocess.run([sys.executable, str(ROOT / "tests" / "peers.py"), reader, str(csv_path), str(tmp_path / "out.csv")], capture_output=True,
-                              text=True, encoding="utf-8", env=dict(os.environ, PEERS_MODEL=str(checkpoint), TESSDATA_PREFIX=str(tmp_path)))
-    ours = run("ours")
-    assert ours.returncode == 0 and float(ours.stdout) > 0
-    assert [row["label"] for row in csv.DictReader(open(tmp_path / "out.csv", encoding="utf-8"))] == ["one", "two"]
-    missing = run("Tesseract")  # where tesserocr is installed, its data is not in that folder
-    assert missing.returncode == 3 and "not installed: apt install tesseract-ocr-eng" in missing.stdout
+@pytest.fixture
+def awkward(tmp_path):
+    """Rows as a report takes them, with errors of all kinds and signs that pages and plots use."""
+    labels = ["AA", "b c", "$5", "<b>", "one", "<"]
+    rows = pd.read_csv(write_csv(tmp_path / "own", labels, source="own"))
+    rows["image_path"] = [str(tmp_path / "own" / name) for name in rows.image_path]
+    read = ["AA", "bc", "S5!", "<B>", "One", "("]
+    return rows.assign(prediction=read, confidence=[0.99, 0.4, 0.8, 0.9, 0.6, 0.2])
+
+
+def test_the_report_counts_errors(infer, awkward):
+    assert list(infer.summary(awkward).values()) == [
+        "16.7% of 6",  # exact match
+        "50.0% of 6",  # exact match but for case
+        "33.3% of 6",  # exact match, look-alikes folded
+        "100.0% of 1",  # exact match of lines with doubled characters
+        "42.86% of 14 characters",  # character error rate
+        "4",  # characters read as another
+        "1",  # characters read where there is none
+        "1",  # characters not read
+        "2",  # errors that are only of case
+        "1 of 1",  # spaces lost or invented
+        "2 among 4",  # errors in punctuation and signs
+        "48.5%",  # expected calibration error
+    ]
+
+
+def test_the_report_stands_alone(infer, awkward, tmp_path):
+    infer.set(REPORT_DIR=str(tmp_path / "report"), MODEL_PATH="R&D.pth")
+    infer.write_report(awkward)
+    page = (tmp_path / "report" / "index.html").read_text(encoding="utf-8")
+    assert page.count("data:image/png;base64,") == 3
+    assert page.count("src=") == 3
+    assert "://" not in page
+    assert re.search(r"<td>\$</td>\s*<td>S</td>\s*<td>1</td>", page)
+    assert re.search(r"<td>&lt;</td>\s*<td>\(</td>", page)
+    assert "<th>own</th>" in page  # by source
+    assert "R&amp;D.pth" in page
+    assert Image.open(tmp_path / "report" / "surest_errors.png").width > 300
+    infer.write_report(awkward[:1])  # without any error
+    assert "100.0% of 1" in (tmp_path / "report" / "index.html").read_text(encoding="utf-8")
+
+
+def test_onnx_reads_what_pytorch_reads(infer, checkpoint, line, tmp_path):
+    """Where its packages are installed; any number of images of any width."""
+    pytest.importorskip("onnxscript")
+    onnxruntime = pytest.importorskip("onnxruntime")
+    infer.set(ONNX_PATH=str(tmp_path / "model.onnx"))
+    assert infer.main([line]) == 0
+    model = load_checkpoint(checkpoint)
+    session = onnxruntime.InferenceSession(infer.ONNX_PATH, providers=["CPUExecutionProvider"])
+    assert session.get_modelmeta().custom_metadata_map["charset"] == model.charset.characters
+    for number, width in ((1, 9), (1, 100), (3, 57), (8, 333)):
+        ink = torch.rand(number, 1, 32, width)
+        with torch.inference_mode():
+            expected = model(ink, torch.full((number,), width))[0].log_softmax(2)
+        assert np.allclose(session.run(None, {"ink": ink.numpy()})[0], expected, atol=1e-3)
+
+
+def test_onnx_without_its_packages(infer, line, tmp_path, monkeypatch):
+    infer.set(ONNX_PATH=str(tmp_path / "model.onnx"))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(InputError, match="pip install onnx onnxscript"):
+        infer.main([line])
+
+
+def test_readers_of_the_benchmark(checkpoint, tmp_path):
+    path, out = write_csv(tmp_path / "words", ["one", "two"], source="words"), tmp_path / "out.csv"
+    # Where tesserocr is installed, its data is not in that folder.
+    environment = dict(os.environ, PEERS_MODEL=str(checkpoint), TESSDATA_PREFIX=str(tmp_path))
+    command = ROOT / "tests" / "peers.py", "ours", path, out
+    ours = python(*command, env=environment)
+    assert ours.returncode == 0, ours.stderr
+    assert float(ours.stdout) > 0
+    assert list(pd.read_csv(out).label) == ["one", "two"]
+    missing = python(command[0], "Tesseract", path, out, env=environment)
+    assert missing.returncode == 3
+    assert "not installed: apt install tesseract-ocr-eng" in missing.stdout
 
 
 def test_importing_a_script_does_nothing(tmp_path):
     """From another folder: no output, no file, no process."""
-    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import prepare_ocr_dataset, train_crnn, inference_crnn, crnn"
-    done = subprocess.run([sys.executable, "-B", "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0 and done.stdout == "" and done.stderr == "" and not list(tmp_path.iterdir())
+    code = "import sys; sys.path.insert(0, sys.argv[1])\n"
+    code += "import prepare_ocr_dataset, train_crnn, inference_crnn, crnn"
+    done = python("-B", "-c", code, ROOT, cwd=tmp_path)
+    assert done.returncode == 0
+    assert done.stdout == ""
+    assert done.stderr == ""
+    assert list(tmp_path.iterdir()) == []
 
 
-def test_the_three_scripts_in_sequence(prepare, train, infer, monkeypatch, capsys):
-    """As a user runs them, on tiny constants: data is drawn, a model learns from it, and test rows are read."""
-    fake_emnist(Path(prepare.DATASETS_DIR))
+def test_the_three_scripts_in_sequence(prepare, train, infer, capsys):
+    """As a user runs them: data is drawn, a model learns from it, and test rows are read."""
+    fake_emnist(prepare.DATASETS_DIR)
     prepare.main()
-    monkeypatch.setattr(train, "EPOCHS", 2)
+    train.set(EPOCHS=2)
     train.main()
     assert infer.main() == 0
-    output = capsys.readouterr().out
+    output, rows = capsys.readouterr().out, predictions(infer)
     for source in prepare.SOURCES:
         assert output.count(source) >= 3  # in every script's table
-    assert "Epoch 2/2" in output and "✅ Model saved to" in output and output.count("Image: ") == len(predictions(infer)) > 0
-    assert set(load_checkpoint(train.MODEL_PATH)[1].characters) <= set(prepare.CHARSET)
-    assert {Path(row["image_path"]).parent.name for row in predictions(infer)} <= set(prepare.SOURCES)
+    assert "Epoch 2/2" in output
+    assert "✅ Model saved to" in output
+    assert len(rows) > 0
+    assert output.count("Image: ") == len(rows)
+    assert {Path(path).parent.name for path in rows.image_path} <= set(prepare.SOURCES)
+    assert set(load_checkpoint(train.MODEL_PATH).charset.characters) <= set(prepare.CHARSET)
