@@ -2,8 +2,7 @@
 
 An image of a short line of text becomes a grey tensor of HEIGHT rows; a small CNN turns every 4
 columns of it into one frame; an LSTM reads the frames in both directions; connectionist temporal
-classification (CTC) aligns them with the text. Functions here take arguments only: the constants
-that a user edits are at the top of the scripts.
+classification (CTC) aligns them with the text. Functions here take arguments only.
 
 Letters in shapes: N images, H height, W width (pixels), T frames, C classes, D features.
 """

@@ -3,9 +3,8 @@
     python inference_crnn.py                           a few test rows of datasets/data.csv
     python inference_crnn.py scan.png forms/ own.csv   images, folders, csv files (image_path,label)
 
-Prints what it reads in each image and writes everything to predictions.csv; where labels are known,
-a table scores the predictions by source, and REPORT_DIR gets a page to look at. Exit status 1 when
-any image could not be read. From Python: recognize(images).
+Prints what it reads and writes predictions.csv; where labels are known, also a table of scores and
+a page in REPORT_DIR. Exit status 1 when any image cannot be read. From Python: recognize(images).
 """
 
 import base64

@@ -4,8 +4,7 @@
 
 An image is a pure function of the constants, its source and its index. So nothing has to be kept
 safe: whatever is missing, or was drawn with other constants, is drawn again, by any worker of any
-machine, to the same bytes. A seventh source, custom, is what you put into datasets/custom/ beside
-a labels.csv with image_path,label.
+machine, to the same bytes. What is in datasets/custom/labels.csv (image_path,label) joins them.
 """
 
 import ast
@@ -130,7 +129,7 @@ GRAMMAR = {
     "#{n}  #000{n}  {n} 000  000 000 {n}  00 00 00  0000 0000 0000  No. {n}  {n}/{n}  {n}x{n}  "
     "{n} kg",
     "code": "{group}  {group}{dash}{group}  {group}{dash}{group}{dash}{group}  {group} {group}",
-    "math": "{sum}  {sum}  {sum}  {sum}  {sum}  {sum}  {sum}  {sum}  ({sum})  [{sum}]  {{sum}}",
+    "math": "{sum}  {sum}  {sum}  {sum}  {sum}  {sum}  ({sum})  [{sum}]  {{sum}}",
     "sum": "{side}·{relation}·{term}  {side}·{relation}·{side}  {side}  {side}·{relation}·{term}",
     "n": "{d}  {d}0  {d}00  0  00  000",
     "d": "1  2  3  4  5  6  7  8  9",
@@ -416,7 +415,7 @@ def text_generator():
         with contextlib.redirect_stdout(None):  # it prints that its handwriting network is missing
             from trdg import computer_text_generator as generator
     except ImportError as error:
-        raise InputError(f"pip install --no-deps trdg==1.8.0 is missing ({error})") from None
+        raise InputError(f"no trdg: pip install --no-deps trdg==1.8.0 ({error})") from None
     # It also reads the font file anew for every image, and shapes every character twice.
     generator.ImageFont = SimpleNamespace(truetype=lambda font, size: typeface(font, size))
     generator.get_text_height = lambda face, text: sum(face.getmetrics())
@@ -573,8 +572,8 @@ def bent(ink, warp):
     """A line (H, W) turned a little and now and then in waves; warp: as if by another hand."""
     angle = uniform(-1, 1) * choice([0, 0, 1, 2, 3])  # degrees
     rise = np.tan(np.radians(angle)) * ink.shape[1]
-    tall, room = len(ink), round(abs(rise) / 2 + warp * len(ink) / 8) + 1  # to move into
-    ink = np.pad(ink, ((room, room), (4, 4)))
+    tall, room, more = len(ink), round(abs(rise) / 2) + 1, warp * len(ink) // 8  # to move into
+    ink = np.pad(ink, ((room + more, room + more), (4, 4)))
     h, w = ink.shape
     y, x = np.mgrid[:h, :w].astype(np.float32)  # (H, W) each
     if warp:  # other proportions, other curves: fifty fonts would be learned by heart
@@ -583,7 +582,9 @@ def bent(ink, warp):
         x = uneven(w, max(2, round(2 * w / tall)))[None] + reach * (clouds((h, w), patches) - 0.5)
     waves = 0.05 * tall * chance(0.08) * np.sin(np.arange(w) * uniform(3, 18) / tall)
     y = y + waves + rise * (np.arange(w) / w - 0.5)
-    return cv2.remap(ink, x.astype(np.float32), y.astype(np.float32), cv2.INTER_LINEAR)
+    ink = cv2.remap(ink, x.astype(np.float32), y.astype(np.float32), cv2.INTER_LINEAR)
+    top, bottom, _, _ = ink_box(ink)
+    return ink[min(top, more) : max(bottom + 1, h - more)]  # no smaller than if it were not warped
 
 
 def uneven(length, pieces):

@@ -1,14 +1,13 @@
 """Measure what the README claims, on an idle machine, and append it to tests/results.csv.
 
     python tests/benchmark.py                    all parts
-    python tests/benchmark.py reading peers      some of them: drawing speed kills own reading
-                                                 peers starting damaged robust memory
+    python tests/benchmark.py reading peers      some of them: drawing speed kills own reading peers
+                                                 damaged robust memory
 
 The parts reading and peers need the data of python prepare_ocr_dataset.py by default constants; the
 other recognisers are called by peers.py. Everything else is drawn into FOLDER.
 """
 
-import csv
 import datetime
 import io
 import os
@@ -42,7 +41,7 @@ RESULTS = ROOT / "tests" / "results.csv"  # a row a figure; the newest of a meas
 DEFAULT_CSV = ROOT / "datasets" / "data.csv"  # of python prepare_ocr_dataset.py
 FOREIGN = ROOT / "tests" / "foreign"  # images by other programs
 WEIGHTS = ROOT / "ocr_crnn_model" / "pretrained.pth"  # that read, and that the part own starts from
-REPEATS = 5  # of each timing of the parts speed, reading and starting
+REPEATS = 5  # of each timing of the parts speed and reading
 DRAWING_NUMBER = 40_000  # images of the part drawing
 KILLS = 10  # in drawing, and as many in training
 READING_WORDS = 480  # printed words of about 100 pixels, of the part reading
@@ -68,13 +67,10 @@ def record(part, measure, value, runs=1):
     commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
     value = f"{value:.4g}" if isinstance(value, float) else value
     print(f"{part}: {measure}: {value}", flush=True)
-    new = not RESULTS.exists()
-    with open(RESULTS, "a", encoding="utf-8", newline="") as file:
-        table = csv.writer(file, lineterminator="\n")
-        if new:
-            table.writerow(["date", "commit", "hardware", "part", "measure", "value", "runs"])
-        today = datetime.date.today().isoformat()
-        table.writerow([today, commit, hardware(), part, measure, value, runs])
+    row = dict(date=datetime.date.today().isoformat(), commit=commit, hardware=hardware())
+    row |= dict(part=part, measure=measure, value=value, runs=runs)
+    look = dict(mode="a", header=not RESULTS.exists(), index=False, lineterminator="\n")
+    pd.DataFrame([row]).to_csv(RESULTS, **look)
 
 
 def script(module, **constants):
@@ -99,10 +95,7 @@ def drawing_in(folder, number, **constants):
 
 
 def drawing():
-    """Plain printed lines by prepare_ocr_dataset.py and by TRDG's own command line.
-
-    The same texts and fonts, as many processes, whole commands timed.
-    """
+    """Plain printed lines, the same texts and fonts, by us and by TRDG's own command line."""
     folder = fresh("drawing")
     start = time.perf_counter()
     drawing_in(folder / "ours", DRAWING_NUMBER, STYLED=0).run(folder, timeout=3600)
@@ -113,16 +106,14 @@ def drawing():
     shape = ("", prepare_ocr_dataset.CHARSET, 0, 0, 0, 0.1, str(ROOT / "myFonts"), "")
     for font in prepare_ocr_dataset.find_fonts(prepare_ocr_dataset.Settings(*shape))[0]:
         if font.kind == prepare_ocr_dataset.PRINTED and not font.held_out:
-            stem = Path(font.path).stem
-            shutil.copy(font.path, folder / "fonts" / f"{stem}.ttf")  # the only suffix it looks for
+            # The only suffix that it looks for
+            shutil.copy(font.path, folder / "fonts" / f"{Path(font.path).stem}.ttf")
     # Its settings nearest to ours: noise behind the text, some blur and skew.
     options = f"trdg -i {folder}/texts.txt -c {DRAWING_NUMBER} -fd {folder}/fonts -f 38 -b 0 -bl 1"
     options += f" -rbl -k 3 -rk -e png -t {os.cpu_count()} --output_dir {folder}/trdg -na 2"
-    shim = (  # Pillow 10 removed getsize
-        "import sys; from PIL import ImageFont as f; "
-        "f.FreeTypeFont.getsize = lambda self, text: self.getbbox(text)[2:]; "
-        f"sys.argv = {options.split()!r}; from trdg.run import main; main()"
-    )
+    shim = "import sys; from PIL import ImageFont as f; from trdg.run import main\n"
+    shim += "f.FreeTypeFont.getsize = lambda self, text: self.getbbox(text)[2:]\n"  # of Pillow 9
+    shim += f"sys.argv = {options.split()!r}; main()"
     start = time.perf_counter()
     subprocess.run([sys.executable, "-c", shim], check=True, capture_output=True)
     theirs = len(list((folder / "trdg").glob("*.png"))) / (time.perf_counter() - start)
@@ -199,25 +190,27 @@ def kills():
 
 def draw_code(index, fonts):
     """A five-character code over a noisy background, 200 x 50 pixels; no 0, O, 1 or I."""
+
+    def tone(low, high):
+        return tuple(random.randint(low, high) for _ in range(3))
+
     random.seed(index)
     code = "".join(random.choices("23456789ABCDEFGHJKLMNPQRSTUVWXYZ", k=5))
-    paper = tuple(random.randint(170, 255) for _ in range(3))
     image = Image.effect_noise((200, 50), random.randint(20, 60)).convert("RGB")
-    image = Image.blend(image, Image.new("RGB", image.size, paper), 0.6)
+    image = Image.blend(image, Image.new("RGB", image.size, tone(170, 255)), 0.6)
     draw = ImageDraw.Draw(image)
     for i, c in enumerate(code):
-        ink = tuple(random.randint(0, 110) for _ in range(3))
         glyph = Image.new("L", (60, 60))
         font = ImageFont.truetype(random.choice(fonts), random.randint(28, 38))
         ImageDraw.Draw(glyph).text((30, 30), c, font=font, fill=255, anchor="mm")
         glyph = glyph.rotate(random.uniform(-20, 20), Image.Resampling.BICUBIC)
-        image.paste(ink, (6 + i * 36 + random.randint(-5, 5), random.randint(-9, 0)), glyph)
+        place = 6 + i * 36 + random.randint(-5, 5), random.randint(-9, 0)
+        image.paste(tone(0, 110), place, glyph)
     for _ in range(random.randint(2, 5)):
         ends = [(random.randint(0, 200), random.randint(0, 50)) for _ in range(2)]
-        draw.line(ends, fill=tuple(random.randint(0, 150) for _ in range(3)), width=1)
+        draw.line(ends, fill=tone(0, 150), width=1)
     for _ in range(150):
-        tone = tuple(random.randint(0, 200) for _ in range(3))
-        draw.point((random.randint(0, 199), random.randint(0, 49)), fill=tone)
+        draw.point((random.randint(0, 199), random.randint(0, 49)), fill=tone(0, 200))
     return image.filter(ImageFilter.GaussianBlur(random.uniform(0, 0.7))), code
 
 
@@ -313,22 +306,6 @@ def peers():
             best = max(tables, key=lambda table: table.exact[source])
             record("peers", f"{name}, {source}, exact in percent", 100 * float(best.exact[source]))
             record("peers", f"{name}, {source}, CER in percent", 100 * float(best.CER[source]))
-
-
-def starting():
-    """From python inference_crnn.py IMAGE to its end, against import torch alone, turn by turn."""
-    image = str(next(FOREIGN.glob("*.png")))
-    commands = {"import torch": ["-c", "import torch"]}
-    commands["inference_crnn.py one.png"] = [str(ROOT / "inference_crnn.py"), image]
-    seconds = {name: [] for name in commands}
-    for _ in range(REPEATS + 1):
-        for name, command in commands.items():
-            start = time.perf_counter()
-            quiet = dict(check=True, stdout=subprocess.DEVNULL, cwd=ROOT)
-            subprocess.run([sys.executable, *command], **quiet)
-            seconds[name].append(time.perf_counter() - start)
-    for name, times in seconds.items():
-        record("starting", f"{name}, seconds", statistics.median(times[1:]), REPEATS)
 
 
 def run_inference(path, timeout=600):
@@ -428,7 +405,7 @@ def memory():
 
 def main(*wanted):
     """Run the parts of these names, or all."""
-    parts = [drawing, speed, kills, own, reading, peers, starting, damaged, robust, memory]
+    parts = [drawing, speed, kills, own, reading, peers, damaged, robust, memory]
     parts = {part.__name__: part for part in parts}
     unknown = set(wanted) - set(parts)
     if unknown:
