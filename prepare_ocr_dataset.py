@@ -166,7 +166,7 @@ TERMINALS = {
     "Word": lambda words: choice(words).capitalize(),
     "invented": lambda words: cased(invented(words)),
     "doubled": lambda words: cased(max(random.choices(words, k=12), key=confusing_pairs)),
-    "letters": lambda words: re.sub("[^A-Za-z]", "", cased(choice(words))),
+    "letters": lambda words: cased(next(filter(str.isalpha, random.choices(words, k=40)))),
     "group": lambda words: random_string(choice(GROUPS), 1, 5),
     "mixed": lambda words: random_string(ALPHANUMERIC, 2, 7),
     "string": lambda words: random_string(ALPHANUMERIC + string.punctuation, 1, 12),
@@ -306,10 +306,11 @@ def survey_font(path, kind, charset):
         characters -= set(LOWER)
     if sum(glyph("≠")[1]) < sum(glyph("=")[1]):  # Lato's italics draw a mere stroke
         characters -= {"≠"}
+    small = typeface(path, 20)  # the least size of a line: thin dashes may be hinted away in it
+    characters -= {c for c in characters - {" "} if not any(bytes(small.getmask(c)))}
     characters &= set(DRAWN_ONLY.get(family, charset))
-    pairs = [pair for pair in OVERLAP if set(pair) <= characters]
-    doubtful = "".join(pair for pair in pairs if overlap(face, *pair) > OVERLAP[pair])
-    return Font(path, kind, family, frozenset(characters), frozenset(doubtful))
+    near = [p for p in OVERLAP if set(p) <= characters and overlap(face, *p) > OVERLAP[p]]
+    return Font(path, kind, family, frozenset(characters), frozenset("".join(near)))
 
 
 def overlap(face, a, b):
@@ -348,8 +349,8 @@ def with_loan(font, fonts):
     lenders = {os.path.basename(f.path): f.path for f in side if set(lacking) <= f.characters}
     if not lacking or not lenders or font.kind != PRINTED or font.family in DRAWN_ONLY:
         return font
-    place = zlib.crc32(os.path.basename(font.path).encode()) % len(lenders)
-    loan = dict(lender=lenders[sorted(lenders)[place]], borrowed=lacking)
+    name = sorted(lenders)[zlib.crc32(os.path.basename(font.path).encode()) % len(lenders)]
+    loan = dict(lender=lenders[name], borrowed=lacking)
     return font._replace(characters=font.characters | set(lacking), **loan)
 
 
@@ -432,7 +433,8 @@ def trdg(text, font, split):
     line = f" {text} "  # room for what reaches beyond the first and the last character
     image, _ = text_generator().generate(line, font.path, "#000000", font.size, **layout)
     ink = np.asarray(image.getchannel("A"), dtype=np.float32) / 255  # (H, W)
-    return None if ink[:, :2].any() or ink[:, -2:].any() else ink  # it cuts at the last advance
+    cut = ink[[0, -1]].any() or ink[:, [0, 1, -2, -1]].any()  # beyond the line or the last advance
+    return None if cut else ink
 
 
 # --------------------------------------------------------------------------------------------------
@@ -962,14 +964,14 @@ def mark(source, settings):
     if row.kind == PRINTED:
         settings = settings._replace(warped=0)
     parts = [settings._replace(fonts_dir="", datasets_dir=""), version("pillow"), version("trdg")]
-    parts += [syntax(module) for module in (__file__, crnn.__file__)]
+    parts += [cv2.__version__, np.__version__, syntax(__file__), syntax(crnn.__file__)]
     for font in find_fonts(settings)[0]:
-        if row.kind in (font.kind, EMNIST):
+        if font.kind == (HANDWRITTEN if row.kind == EMNIST else row.kind):
             parts += [os.path.basename(font.path), font.held_out, os.path.basename(font.lender)]
             parts += [zlib.crc32(Path(font.path).read_bytes())]
     if row.kind == EMNIST:
         splits = [emnist(settings, s) for s in ("train", "val", "test")]
-        parts += [zlib.crc32(images.data) for images, _ in splits]
+        parts += [zlib.crc32(array.tobytes()) for arrays in splits for array in arrays]
     return f"{zlib.crc32(repr(parts).encode()):08x}"
 
 
@@ -1136,7 +1138,7 @@ def main():
     if rank() > 0:
         return  # the first process sees to the rest
     rows = pd.concat([*map(rows_of, chunks), custom_rows(datasets)], ignore_index=True)
-    draw_preview(rows, datasets)
+    draw_preview(rows[rows.source != "custom"], datasets)  # of what is there for sure
     write_labels(rows, datasets / "data.csv")
     report(rows)
     seconds = time.perf_counter() - started

@@ -707,8 +707,7 @@ def main():
                 crnn.save_tensors(resume_path(), dict(state, **saved))
                 write_history(state["history"], curves=shown)
     except KeyboardInterrupt:
-        done = state["epoch"]
-        print(f"\nstopped after epoch {done}" + ": set RESUME = True to go on" * (done > 0))
+        print(f"\nstopped after epoch {state['epoch']}; with RESUME = True it goes on from there")
         if state["best"] < 0 or world_size() > 1:
             return 130
     finish(state, device, val, test)

