@@ -29,8 +29,6 @@ TYPED = ["trdg_custom", "synthetic_math", "handwriting"]  # the sources that fon
 DRAWN = [*TYPED, "emnist_words", "emnist_math"]  # all but EMNIST as it is
 Sample = namedtuple("Sample", "image label split style writer ink")
 
-# In the small EMNIST of the tests some characters have no validation rows.
-pytestmark = pytest.mark.filterwarnings("ignore:Mean of empty slice", "ignore:invalid value")
 # Fonts are looked at once for all tests, since it takes two seconds.
 prepare_ocr_dataset.survey_font = cache(prepare_ocr_dataset.survey_font)
 
