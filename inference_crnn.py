@@ -170,7 +170,7 @@ def read_all(samples, model):
 
 def write_results(part):
     """PREDICTIONS_CSV and PREDICTIONS_JSONL of the lines in part. Returns as read_all does."""
-    import pandas as pd  # here, so that reading a single image does not wait for it
+    import pandas as pd  # here, so that recognize() from Python does not wait for it
 
     columns = ["image_path", "label", "source", "prediction", "confidence"]
     with open(part, encoding="utf-8") as file:  # line by line, since characters take much memory
