@@ -738,7 +738,7 @@ def fields(ink, edges):
 
 def evenly(ink, edges):
     """At one pitch, as machines set it."""
-    return stretched(ink, -0.8, 0.1)
+    return stretched(ink, -1, 0)
 
 
 def stamped(ink, edges):
@@ -788,8 +788,8 @@ def lettered(ink):
     """Shaded, with an outline or a shadow, or in relief; what is below 0 is lighter than paper."""
     wide, move = bold(ink, (0.04, 0.09)), max(1, round(uniform(0.03, 0.06) * len(ink)))
     aside = np.roll(wide, [choice([-move, move]), choice([-move, move])], (0, 1))
-    looks = [ink] * 3 + [np.maximum(wide - ink, uniform(-0.3, 0.5) * ink)]
-    looks += [np.maximum(ink, uniform(0.2, 0.6) * aside), ink - 0.6 * (aside - ink).clip(0)]
+    looks = [ink] * 4 + [np.maximum(wide - ink, uniform(-0.3, 0.2) * ink)]
+    looks += [np.maximum(ink, uniform(0.2, 0.6) * aside), ink - 0.35 * (aside - ink).clip(0)]
     looks += [uniform(0.4, 0.8) * ink + 0.5 * (ink - np.roll(ink, (2, 2), (0, 1)))]
     return choice(looks) * (1 - choice([0, 0, 0.2, 0.4]) * clouds(ink.shape, 1))
 
@@ -910,16 +910,16 @@ PRESS = partial(bold, size=(0, 0.06), share=0.3)
 FRAME = partial(form_lines, share=0.35, numbers=[4])
 SCANNED = [stretched, PRESS, partial(faded, patches=2, least=0.7), partial(room, most=0.15)]
 SCANNED += [neighbours, partial(form_lines, share=0.1, numbers=[1, 2])]
-SCANNED += [partial(coarse, rows=(24, 42), ragged=0.6), partial(blur, share=0.5), closely]
+SCANNED += [partial(coarse, rows=(28, 48), ragged=0.6), partial(blur, share=0.5), closely]
 SLIP = dict(dark=(0, 170), light=(215, 255), grain=(0, 2, 6), jpeg=(40, 95))
 BOARD = [PRESS, partial(room, least=0.12, most=0.25), partial(neighbours, aside=True), lettered]
 BOARD, CUT = [*BOARD, snapped], [closely, busy]
-SIGN = dict(dark=(0, 130), light=(150, 255), grain=(0, 0, 3), light_on_dark=0.6, jpeg=(25, 90))
+SIGN = dict(dark=(0, 120), light=(150, 255), grain=(0, 0, 3), light_on_dark=0.6, jpeg=(25, 90))
 ALL_KINDS = {
     "form": Style(2.5, [room, neighbours, form_lines], CLEAN),
     "fields": Style(1.5, [fields, partial(room, most=0.12)], CLEAN, "fields", cells=True),
     "photograph": Style(2.5, [partial(room, least=0.08, most=0.33), snapped], SNAPSHOT),
-    "margins": Style(1.5, [partial(room, most=0.6), partial(closely, least=0, share=0.4)]),
+    "margins": Style(1.5, [partial(room, most=0.5), partial(closely, least=0, share=0.4)]),
     "worn": Style(1.2, [room, scratches], USED),
 }
 STYLES = {
