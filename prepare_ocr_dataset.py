@@ -932,7 +932,7 @@ STYLES = {
         "one pitch": Style(1, [evenly, *SCANNED], SLIP, "receipt", MONO, cells=True),
         "label": Style(2, [PRESS, room, FRAME], PLATE, "label"),
         "sign": Style(3, [stretched, *BOARD, partial(curved, bend=0.1), *CUT], SIGN, "sign"),
-        "curved": Style(2, [*BOARD, curved, *CUT], SIGN, "sign"),
+        "curved": Style(2, [*BOARD[:-1], partial(blur, share=0.5), curved, *CUT], SIGN, "sign"),
         "spaced": Style(1, [evenly, *BOARD[1:-1], *CUT], SIGN, "sign", cells=True),
         "screen": Style(2, [stretched, PRESS, partial(coarse, rows=(14, 24)), *CUT], SIGN, "sign"),
         "low resolution": Style(2, [coarse], dict(jpeg=(30, 95))),
