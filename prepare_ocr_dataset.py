@@ -129,6 +129,17 @@ GRAMMAR = {
     "#{n}  #000{n}  {n} 000  000 000 {n}  00 00 00  0000 0000 0000  No. {n}  {n}/{n}  {n}x{n}  "
     "{n} kg",
     "code": "{group}  {group}{dash}{group}  {group}{dash}{group}{dash}{group}  {group} {group}",
+    "amount": "{price}  {price}  {n},{price}  -{price}  ${price}  RM{price}  {price} EUR  "
+    "$ {price}  {price}T  {price} SR  {n} X {price}  {d} @ {price}  @{price}  {d}.00%  ({price})",
+    "bill": "{due}  {due}:  {due} :  {due} {price}  {due}: {price}  {due} ($)  {due} {d}%  "
+    "{date} {time}  {noted}  {noted}: {digits}  {noted} #{n}  {noted} : {n}  Tel: 00-0000 0000",
+    "due": "TOTAL  Total  Sub-Total  CASH  Cash  Change  BALANCE  Discount  Amount Due  Rounding  "
+    "QTY  Price  Tip  Grand Total  Net  Gross  Items  Refund  VAT  GST  TAX  Sales Tax  Service",
+    "noted": "Invoice No  INVOICE  Receipt No.  Order  Bill  REF.  Table  Cashier  Till  A/C",
+    "firm": "{WORD} {WORD}  {WORD} & {WORD}  {WORD} {WORD} LTD.  THE {WORD}  {n}, {WORD} ROAD,  "
+    "00000 {WORD}, {WORD}  {d}/{n}-B, {WORD}  {WORD} {n}ML  {n} {WORD}  [KG] {WORD} {n}X{n}G",
+    "sign": "{WORD}  {WORD}  {WORD}  {WORD}  {WORD}  {WORD}  {WORD}  {Word}  {Word}  {word}  {n}  "
+    "{WORD}!  {WORD} {n}  ${price}  {n}%  {d}0% OFF  {time}  {d}am-{d}pm  {Word}.com  {Word}'s",
     "math": "{sum}  {sum}  {sum}  {sum}  {sum}  {sum}  ({sum})  [{sum}]  {{sum}}",
     "sum": "{side}·{relation}·{term}  {side}·{relation}·{side}  {side}  {side}·{relation}·{term}",
     "n": "{d}  {d}0  {d}00  0  00  000",
@@ -164,6 +175,7 @@ TERMINALS = {
     "digits": lambda words: random_string(DIGITS, 4, 12),
     "word": lambda words: cased(choice(words)),
     "Word": lambda words: choice(words).capitalize(),
+    "WORD": lambda words: choice(words).upper(),
     "invented": lambda words: cased(invented(words)),
     "doubled": lambda words: cased(max(random.choices(words, k=12), key=confusing_pairs)),
     "letters": lambda words: cased(next(filter(str.isalpha, random.choices(words, k=40)))),
@@ -181,7 +193,8 @@ MIXES = {  # of the kinds of text, with their weights
     "emnist": dict(letters=42, number=22, mixed=12, code=12, words=7, name=5),
     "math": dict(math=1),
     "fields": dict(code=4, number=4, words=3, letters=2, single=4),
-    "receipt": dict(number=8, item=5, words=3, code=3, punctuated=2),
+    "receipt": dict(amount=7, bill=7, firm=6, number=4, item=2, words=1),
+    "sign": dict(sign=16, made_up=2, words=2, name=1, code=1),
     "label": dict(code=6, number=3, words=5, punctuated=1, single=1),
     "stamp": dict(code=6, number=3, words=1, letters=1),
 }
@@ -617,9 +630,14 @@ def cut_out(ink, keep_height):
         top = bottom = 0
     ink = ink[top : h - bottom, left : w - right]
     if chance(0.3):  # condensed and extended
-        width = max(4, round(ink.shape[1] * 2 ** uniform(-0.6, 0.4)))
-        ink = cv2.resize(ink, (width, len(ink)), interpolation=cv2.INTER_AREA)
+        ink = stretched(ink, -0.6, 0.4)
     return ink
+
+
+def stretched(ink, least=-0.2, most=0.6):
+    """Condensed or extended, in octaves."""
+    width = max(4, round(ink.shape[1] * 2 ** uniform(least, most)))
+    return cv2.resize(ink, (width, len(ink)), interpolation=cv2.INTER_AREA)
 
 
 def in_cells(glyphs):
@@ -671,10 +689,15 @@ def room(ink, least=0.0, most=0.25):
     return np.pad(ink, ((top, bottom), (left, right)))
 
 
-def margins(ink):
-    """Cut at the ink, or with wide margins."""
-    top, bottom, _, _ = ink_box(ink, 0.3)
-    return room(ink, 0.1, 0.6) if chance(0.6) else room(ink[top : bottom + 1], 0.01, 0.06)
+def closely(ink, least=-0.02, most=0.15, share=1.0):
+    """Cut out near the ink or, on some sides, a little into it."""
+    top, bottom, left, right = ink_box(ink, 0.3)
+    line = bottom - top
+    if line < 0.4 * len(ink) or right - left < line / 3 or not chance(share):  # a comma, a dash
+        return ink
+    top, left = (max(0, side - round(uniform(least, most) * line)) for side in (top, left))
+    bottom, right = (side + 1 + round(uniform(least, most) * line) for side in (bottom, right))
+    return ink[top:bottom, left:right]
 
 
 def rules(ink):
@@ -687,13 +710,15 @@ def rules(ink):
     return lined(ink, lines, (0.15, 0.6))
 
 
-def neighbours(ink):
+def neighbours(ink, most=0.14, share=0.4, aside=False):
     """The lines above and below come into the image, on paper that is free of our own."""
+    if aside:  # or the characters to the left and to the right
+        return np.ascontiguousarray(neighbours(ink.T, 0.1 * len(ink) / ink.shape[1], 0.15).T)
     for _ in range(2):  # below, upside down, and then above
         ink = ink[::-1]
         top, bottom, _, _ = ink_box(ink, 0.3)
-        if top > 3 and chance(0.4):
-            part = randint(1, min(top - 2, len(ink) // 7 + 1, bottom + 1 - top))
+        if top > 3 and chance(share):
+            part = randint(1, min(top - 2, int(most * len(ink)) + 1, bottom + 1 - top))
             other = np.roll(ink[bottom + 1 - part : bottom + 1], randint(0, ink.shape[1]), 1)
             ink = np.concatenate([np.maximum(ink[:part], other), ink[part:]])
     return ink
@@ -721,6 +746,11 @@ def fields(ink, edges):
     lines += [((edges[0], y), (edges[-1], y)) for y in {bottom, top if start == top else bottom}]
     rim = randint(0, 3)  # how the fields are cut out of the form
     return lined(ink, lines)[rim : h - rim, rim : w - rim]
+
+
+def evenly(ink, edges):
+    """At one pitch, as machines set it."""
+    return stretched(ink, -1, 0)
 
 
 def stamped(ink, edges):
@@ -766,6 +796,35 @@ def blur(ink, sigma=(0.4, 0.9), share=1.0):
     return cv2.GaussianBlur(ink, (0, 0), uniform(*sigma)) if chance(share) else ink
 
 
+def lettered(ink):
+    """Shaded, with an outline or a shadow, or in relief; what is below 0 is lighter than paper."""
+    wide, move = bold(ink, (0.04, 0.09)), max(1, round(uniform(0.03, 0.06) * len(ink)))
+    aside = np.roll(wide, [choice([-move, move]), choice([-move, move])], (0, 1))
+    looks = [ink] * 4 + [np.maximum(wide - ink, uniform(-0.3, 0.2) * ink)]
+    looks += [np.maximum(ink, uniform(0.2, 0.6) * aside), ink - 0.35 * (aside - ink).clip(0)]
+    looks += [uniform(0.4, 0.8) * ink + 0.5 * (ink - np.roll(ink, (2, 2), (0, 1)))]
+    return choice(looks) * (1 - choice([0, 0, 0.2, 0.4]) * clouds(ink.shape, 1))
+
+
+def curved(ink, bend=2.0, tilt=8):
+    """On an arc of up to so many radians, upwards or downwards, tilted by up to so many degrees."""
+    (h, w), up = ink.shape, choice([1, -1])
+    lean, bend = np.radians(uniform(-tilt, tilt)), min(bend * uniform(0.2, 1), 0.8 * w / h) + 0.01
+    radius, angles = w / bend, lean + bend * np.linspace(-0.5, 0.5, 25)
+    rim = -1j * np.outer([radius - h / 2, radius + h / 2], np.exp(1j * angles))
+    x, y = (np.arange(part.min(), part.max()) for part in (rim.real, rim.imag))
+    place = 1j * x - y[:, None]  # of each pixel (H, W), from the centre of the arc
+    along, out = (np.angle(place) - lean) * radius + w / 2, radius + h / 2 - np.abs(place)
+    return cv2.remap(ink[::up, ::up], *np.float32([along, out]), cv2.INTER_LINEAR)[::up, ::up]
+
+
+def busy(ink, most=0.25):
+    """On a picture: stains, and edges of other things."""
+    ground = clouds(ink.shape, uniform(0.7, 4))
+    ground = blur(np.float32(ground > uniform(0.5, 0.9))) if chance(0.4) else ground
+    return ink + (1 - np.abs(ink)) * uniform(0, most) * ground
+
+
 def snapped(ink):
     """Seen at an angle by a camera that is out of focus or shaken."""
     h, w = ink.shape
@@ -791,11 +850,13 @@ def faded(ink, patches=4, least=0.65, grain=0.0, dead=0.0):
     return (ink * rows * columns).astype(np.float32)
 
 
-def coarse(ink, rows=(11, 18)):
-    """Scanned in so few rows, and enlarged again."""
+def coarse(ink, rows=(11, 18), ragged=0.0):
+    """Scanned in so few rows, a share of the images in black and white, and enlarged again."""
     h, w = ink.shape
     n = randint(*rows)
     small = cv2.resize(ink, (max(4, round(w * n / h)), n), interpolation=cv2.INTER_AREA)
+    if chance(ragged):
+        small = np.float32(small + noise(small.shape, 0.04) > uniform(0.15, 0.3) * small.max())
     how = choice([cv2.INTER_NEAREST, cv2.INTER_LINEAR, cv2.INTER_CUBIC])
     return cv2.resize(small, (w, h), interpolation=how).clip(0, 1)
 
@@ -859,11 +920,18 @@ HEATED = [partial(faded, patches=2, least=0.6, dead=0.15), partial(coarse, rows=
 WEAVE = partial(faded, patches=14, least=0.45)  # of an inked ribbon
 PRESS = partial(bold, size=(0, 0.06), share=0.3)
 FRAME = partial(form_lines, share=0.35, numbers=[4])
+SCANNED = [stretched, PRESS, partial(faded, patches=2, least=0.7), partial(room, most=0.15)]
+SCANNED += [neighbours, partial(form_lines, share=0.1, numbers=[1, 2])]
+SCANNED += [partial(coarse, rows=(28, 48), ragged=0.6), partial(blur, share=0.5), closely]
+SLIP = dict(dark=(0, 170), light=(215, 255), grain=(0, 2, 6), jpeg=(40, 95))
+BOARD = [PRESS, partial(room, least=0.12, most=0.25), partial(neighbours, aside=True), lettered]
+BOARD, CUT = [*BOARD, snapped], [closely, busy]
+SIGN = dict(dark=(0, 120), light=(150, 255), grain=(0, 0, 3), light_on_dark=0.6, jpeg=(25, 90))
 ALL_KINDS = {
     "form": Style(2.5, [room, neighbours, form_lines], CLEAN),
     "fields": Style(1.5, [fields, partial(room, most=0.12)], CLEAN, "fields", cells=True),
     "photograph": Style(2.5, [partial(room, least=0.08, most=0.33), snapped], SNAPSHOT),
-    "margins": Style(1.5, [margins]),
+    "margins": Style(1.5, [partial(room, most=0.5), partial(closely, least=0, share=0.4)]),
     "worn": Style(1.2, [room, scratches], USED),
 }
 STYLES = {
@@ -871,8 +939,14 @@ STYLES = {
         "plain": Style(0, [partial(blur, share=0.4)], LIGHT),
         "typewriter": Style(1, [struck, blur, WEAVE], CLEAN, fonts=MONO),
         "dot matrix": Style(0.5, [dots, faded], NEEDLE, "receipt", NEEDLES),
-        "receipt": Style(2, HEATED, FAINT, "receipt", NARROW),
+        "receipt": Style(3, [*HEATED, closely], SLIP, "receipt", NARROW),
+        "scanned": Style(3, SCANNED, SLIP, "receipt"),
+        "one pitch": Style(1, [evenly, *SCANNED], SLIP, "receipt", MONO, cells=True),
         "label": Style(2, [PRESS, room, FRAME], PLATE, "label"),
+        "sign": Style(3, [stretched, *BOARD, partial(curved, bend=0.1), *CUT], SIGN, "sign"),
+        "curved": Style(2, [*BOARD[:-1], partial(blur, share=0.5), curved, *CUT], SIGN, "sign"),
+        "spaced": Style(1, [evenly, *BOARD[1:-1], *CUT], SIGN, "sign", cells=True),
+        "screen": Style(2, [stretched, PRESS, partial(coarse, rows=(14, 24)), *CUT], SIGN, "sign"),
         "low resolution": Style(2, [coarse], dict(jpeg=(30, 95))),
         "stamped": Style(1, [stamped, partial(blur, share=0.3)], {}, "stamp", cells=True),
     }

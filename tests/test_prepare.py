@@ -341,10 +341,12 @@ def test_an_image_shows_the_ink_of_its_label_in_every_style(prepare, source):
 
     Measured on 5,000 samples: of the own ink the worst piece is alike by 0.45 or more in 999 of
     1,000, of another's by less than 0.4 in 99 of 100. Cameras tilt lines: there the mean counts,
-    0.55 against 0.5. Stamps turn and move every character, so that none is where it was.
+    0.55 against 0.5. Stamps move every character, receipts and signs are stretched or bent, so that
+    none is where it was.
     """
     fake_emnist(prepare.DATASETS_DIR)
-    drawn = [sample for sample in samples(prepare, source, 40) if sample.style != "stamped"]
+    moved = {"stamped", "scanned", "one pitch", "sign", "curved", "spaced", "screen"}
+    drawn = [sample for sample in samples(prepare, source, 40) if sample.style not in moved]
     shown, others = [], []
     for sample, other in zip(drawn, drawn[1:]):
         scale = len(sample.image) / len(sample.ink) if sample.style == "dot matrix" else 1
