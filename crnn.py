@@ -35,6 +35,7 @@ MAX_ASPECT = 256  # width over height beyond which an image is no line (400 char
 MIN_TONES = 40  # of 256 grey levels: fainter images are not stretched, so that blank stays blank
 INK_TONE = 140  # of 256, paper being 255: darker pixels count as ink where lines are measured,
 FAINT_TONE = 155  # and these where margins are cut off, so that no faint ink goes with them
+BOLD = 0.3  # share of ink above which it may be the paper: unsure readings try it either way
 MIN_STROKES = 5  # side by side; an image with fewer is left as it is
 USUAL_PITCH = 8  # pixels of width from stroke to stroke; tighter lines are stretched, up to 1.5x
 LOW_LINE, USUAL_LINE = 0.36, 0.45  # text below 36 % of the height is zoomed to 45 %
@@ -171,19 +172,32 @@ def check_size(image):
 def to_grey(image):
     """Any PIL mode to mode L. Transparent parts become the paper that the ink stands out from."""
     if image.mode.startswith("I") or image.mode == "F":  # 16-bit, 32-bit and float tones
-        tones = np.asarray(image, dtype=np.float64)
-        low, high = tones.min(), tones.max()
-        stretched = (tones - low) * (255 / max(high - low, 1e-9))
-        return Image.fromarray(stretched.astype(np.uint8))
+        tones = np.array(image, dtype=np.float64)
+        tones -= tones.min()
+        return Image.fromarray((tones * (255 / max(tones.max(), 1e-9))).astype(np.uint8))
     if image.mode in ("LA", "PA", "RGBA", "La", "RGBa") or "transparency" in image.info:
-        rgba = np.asarray(image.convert("RGBA"), dtype=np.float64)  # (H, W, 4)
-        grey = rgba[..., :3] @ (0.299, 0.587, 0.114)  # (H, W, 3) -> (H, W)
-        alpha = rgba[..., 3] / 255  # (H, W)
-        ink = (grey * alpha).sum() / max(alpha.sum(), 1e-9)
-        paper = 255 if ink < 128 else 0
+        rgba = image.convert("RGBA")
+        grey = np.asarray(mixed(rgba.convert("RGB")), dtype=np.float64)  # (H, W)
+        alpha = np.asarray(rgba.getchannel("A")) / 255  # (H, W)
+        paper = 255 if (grey * alpha).sum() <= 128 * alpha.sum() else 0
         return Image.fromarray((grey * alpha + paper * (1 - alpha)).round().astype(np.uint8))
     # By way of RGB, because Pillow converts CMYK, HSV and others to it only.
-    return image.convert("L") if image.mode in ("1", "L") else image.convert("RGB").convert("L")
+    return image.convert("L") if image.mode in ("1", "L") else mixed(image.convert("RGB"))
+
+
+def mixed(image):
+    """RGB to mode L: luminance or, where that loses the contrast, the mixture that has the most."""
+    small = np.asarray(image.reduce(max(1, image.height // HEIGHT)), dtype=np.float32)  # (H, W, 3)
+    near = len(small) // 4 + 1  # pixels that differ by strokes: distant ones also by their light
+    steps = (small[:, near:] - small[:, :-near]).reshape(-1, 3)  # (N, 3)
+    mixture = np.linalg.eigh(steps.T @ steps)[1][:, -1]  # (3,), along which they are largest
+    most, usual = steps @ mixture, steps @ (0.299, 0.587, 0.114)  # (N,)
+    # In grey images the former's square is 3 times the latter's; a faint tint is no contrast.
+    if most @ most <= max(4 * usual @ usual, len(steps) * MIN_TONES**2 / 4):
+        return image.convert("L")
+    mixture = mixture / np.copysign(np.abs(mixture).sum(), mixture.sum())  # what is bright stays so
+    grey = image.convert("L", (*mixture, -255 * mixture.clip(max=0).sum()))  # within 0 to 255
+    return ImageOps.autocontrast(grey)
 
 
 def at_height(grey, top=0.0, bottom=1.0, stretch=1.0):
@@ -481,11 +495,13 @@ def read_images(model, images, batch_size):
 
 
 def looks(image):
-    """Two other ways to look at an image, uint8 (H, W): stretched, and smaller.
+    """Other ways to look at an image, uint8 (H, W): stretched, and smaller; bold ink as paper too.
 
     Where its margins are high, both are zoomed too. A character keeps its part of the width.
     """
     height, width = image.shape
+    if (image < 128).float().mean() > BOLD:
+        yield 255 - image
     top, bottom = inked_rows(image.numpy() < FAINT_TONE)
     if 0 < bottom - top <= 0.75 * height:
         margin = max(1, round(0.18 * (bottom - top)))
