@@ -40,12 +40,15 @@ from crnn import InputError, frames_needed, load_image, num_frames, rank, read_l
 # --------------------------------------------------------------------------------------------------
 # How many images of each source; 0 leaves it out. One in 20 is for validation, one for the test.
 NUM_IMAGES = {
-    "trdg_custom": 38_000,  # printed text, set by TRDG
-    "synthetic_math": 12_000,  # printed expressions
-    "emnist_images": 40_000,  # single handwritten characters as EMNIST has them, none twice
-    "emnist_words": 24_000,  # strings composed of EMNIST characters
-    "emnist_math": 6_000,  # expressions composed of EMNIST characters and drawn signs
-    "handwriting": 28_000,  # text in handwriting fonts
+    "trdg_custom": 30_000,  # printed text, set by TRDG
+    "synthetic_math": 6_000,  # printed expressions
+    "emnist_images": 12_000,  # single handwritten characters as EMNIST has them, none twice
+    "emnist_words": 8_000,  # strings composed of EMNIST characters
+    "emnist_math": 3_000,  # expressions composed of EMNIST characters and people's signs
+    "handwriting": 14_000,  # text in handwriting fonts
+    "unipen_words": 14_000,  # words and short texts as people wrote them, see myFonts/hands
+    "unipen_text": 7_000,  # text composed of one person's characters
+    "unipen_math": 8_000,  # expressions composed of one person's characters
 }
 
 # What may be drawn
@@ -69,14 +72,22 @@ DOWNLOAD_TIMEOUT = 20  # seconds without a word from the EMNIST server before go
 SHAPING = "seed charset max_length styled warped held_out_fonts fonts_dir datasets_dir"
 Settings = namedtuple("Settings", SHAPING)
 
-PRINTED, HANDWRITTEN, EMNIST = "printed fonts", "handwritten fonts", "EMNIST"  # to draw with
-TRIES = 200  # texts tried for one sample
+# What is drawn with; pen strokes are those of people, see myFonts/hands/README.md
+PRINTED, HANDWRITTEN, EMNIST, STROKES = (
+    "printed fonts",
+    "handwritten fonts",
+    "EMNIST",
+    "pen strokes",
+)
+HANDS = Path(__file__).parent / "myFonts" / "hands" / "hands.npz"
+FREQUENT = Path(__file__).parent / "myFonts" / "words" / "english.txt"  # words, by frequency
+TRIES = 2_000  # texts tried for one sample: of a narrow CHARSET few fit
 CHUNK = 200  # samples that a worker draws at a time
 COLUMNS = ["image_path", "label", "source", "split", "style"]  # of data.csv
 
 # --------------------------------------------------------------------------------------------------
 # Splits: every sample's follows from its index, every word's from its letters, every font's from
-# its family.
+# its family, every writer's from the name.
 
 CYCLE = 20  # of this many samples, or shares of the words, one is for validation and one for test
 
@@ -91,16 +102,20 @@ def word_split(word):
     return {0: "val", 1: "test"}.get(zlib.crc32(word.lower().encode()) % CYCLE, "train")
 
 
+# Of a split: all words of TRDG's dictionary, and those that people use, the most frequent first
+Words = namedtuple("Words", "split all used")
+
+
 @cache
-def dictionary():
-    """The words of TRDG's English dictionary by split."""
+def find_words(split):
+    """The Words of a split."""
     import trdg
 
-    words = {"train": [], "val": [], "test": []}
-    text = (Path(trdg.__file__).parent / "dicts" / "en.txt").read_text(encoding="utf-8")
-    for word in filter(re.compile(r"[A-Za-z][A-Za-z'-]{1,11}").fullmatch, text.split()):
-        words[word_split(word)].append(word)
-    return words
+    dictionary = Path(trdg.__file__).parent / "dicts" / "en.txt"
+    texts = [path.read_text(encoding="utf-8").split() for path in (dictionary, FREQUENT)]
+    word = re.compile(r"[A-Za-z]([A-Za-z'-]{0,10}[A-Za-z])?")
+    own = [[w for w in text if word.fullmatch(w) and word_split(w) == split] for text in texts]
+    return Words(split, *own)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -109,7 +124,8 @@ def dictionary():
 
 GRAMMAR = {
     "words": "{word}  {word}  {word}  {word} {word}  {word} {word}  {word} {word} {word}",
-    "made_up": "{invented}  {invented}  {invented}  {invented} {invented}",
+    "made_up": "{invented}  {invented}  {invented} {invented}  {brand}  {brand}  {brand} {n}  "
+    "{brand}-{A}  {brand} {n}mg  {brand} {Word}",
     "name": "{A}. {Word}  {A}. {Word}  {A}. {A}. {Word}  {Word} {Word}  {Word}, {A}.  {A}.{A}.  "
     "{Word} {A}. {Word}  Mr. {Word}  Mrs. {Word}  Dr. {Word}  {Word}-{Word}  O'{Word}",
     "item": "{n} x {Word}  {n} x {Word}  {n} x {word}  {n}x {Word}  {Word} x{n}  {n} {Word}  "
@@ -133,15 +149,25 @@ GRAMMAR = {
     "$ {price}  {price}T  {price} SR  {n} X {price}  {d} @ {price}  @{price}  {d}.00%  ({price})",
     "bill": "{due}  {due}:  {due} :  {due} {price}  {due}: {price}  {due} ($)  {due} {d}%  "
     "{date} {time}  {noted}  {noted}: {digits}  {noted} #{n}  {noted} : {n}  Tel: 00-0000 0000",
-    "due": "TOTAL  Total  Sub-Total  CASH  Cash  Change  BALANCE  Discount  Amount Due  Rounding  "
-    "QTY  Price  Tip  Grand Total  Net  Gross  Items  Refund  VAT  GST  TAX  Sales Tax  Service",
-    "noted": "Invoice No  INVOICE  Receipt No.  Order  Bill  REF.  Table  Cashier  Till  A/C",
+    "due": "TOTAL  Total  Subtotal  CASH  Cash  Change  BALANCE  Discount  Amount Due  Rounding  "
+    "QTY  Price  Tip  Grand Total  Net  Amount  Items  Refund  VAT  GST  TAX  Sales Tax  Service",
+    "noted": "Invoice No  INVOICE  Receipt No.  Ref  Bill  REF.  Table  Cashier  Desk  A/C",
     "firm": "{WORD} {WORD}  {WORD} & {WORD}  {WORD} {WORD} LTD.  THE {WORD}  {n}, {WORD} ROAD,  "
     "00000 {WORD}, {WORD}  {d}/{n}-B, {WORD}  {WORD} {n}ML  {n} {WORD}  [KG] {WORD} {n}X{n}G",
     "sign": "{WORD}  {WORD}  {WORD}  {WORD}  {WORD}  {WORD}  {WORD}  {Word}  {Word}  {word}  {n}  "
     "{WORD}!  {WORD} {n}  ${price}  {n}%  {d}0% OFF  {time}  {d}am-{d}pm  {Word}.com  {Word}'s",
-    "math": "{sum}  {sum}  {sum}  {sum}  {sum}  {sum}  ({sum})  [{sum}]  {{sum}}",
+    "math": "{sum}  {sum}  {sum}  {sum}  {sum}  ({sum})  [{sum}]  {{sum}}  {cut}  {cut}  {cut}  "
+    "{piece}  {piece}",
     "sum": "{side}·{relation}·{term}  {side}·{relation}·{side}  {side}  {side}·{relation}·{term}",
+    "cut": "{relation}·{side}  {side}·{relation}  {op}·{term}  {side}·{op}  )·{relation}·{side}  "
+    "{side})  ({side}  )·{op}·{term}  {term}·{op}·({term}  [{term}  {side}]  {v})·{relation}  "
+    "{v}(  {fn}({term}·{op}  ({side}·{op}·({side}  ...·{op}·{term}  {v}·{op}·...·{op}·{v}",
+    "piece": "{function}  {function}  {pair}  |{side}|  {num}!  {v}{v}  {v}·{relation}·{num}  "
+    "d{v}  {term}d{v}  {V}·{relation}·{side}  {V}{v}  {v}·{op}·{v}  {v}{d}  {num}  "
+    "{term}·{relation}·{term}·{relation}·{term}  {fn}{d}·+·{fn}{d}{v}·=·{num}  {V}·{op}·{V}",
+    "function": "{f}({v})  {f}({term})  {f}({v}·{op}·{num})  {fn}({v})  {fn}{v}  {fn}({d}{v})  "
+    "{fn}({d}π{v})  {fn}({term})  {v}{fn}{V}",
+    "pair": "({num},·{num})  ({v},·{v})  ({num},·{num},·{num})  {{num},·{num}}  [{num},·{num}]",
     "n": "{d}  {d}0  {d}00  0  00  000",
     "d": "1  2  3  4  5  6  7  8  9",
     "price": "{n}.00",
@@ -155,12 +181,17 @@ GRAMMAR = {
     "hour": "{zero}0  10  10  2{zero}  21  22  23",
     "minute": "{zero}0  10  20  30  40  50",
     "dash": "-  -  -    /  .  _  :",
-    "side": "{term}  {term}·{op}·{term}  {term}·{op}·{term}  {term}·{op}·{term}·{op}·{term}",
-    "term": "{num}  {num}  {num}  {v}  {n}{v}  {v}^{d}  √{n}  √{v}  {d}π  π  ({v}·+·{num})  "
-    "({v}·-·{num})  -{num}  {num}/{num}  ±{num}  {num}%",
-    "num": "{d}  0  {d}0  {d}00  {d}0.00  0.00  00.0",
-    "v": "x  y  z  a  b  c  n  k  t  m  p  q",
-    "op": "+  +  -  -  ×  ÷  ±  *  /",
+    "side": "{term}  {term}  {term}·{op}·{term}  {term}·{op}·{term}  {v}·{op}·{num}  "
+    "{term}·{op}·{term}·{op}·{term}",
+    "term": "{num}  {num}  {num}  {num}  {d}  {v}  {v}  {v}  {n}{v}  {d}{v}  {v}^{d}  √{n}  √{v}  "
+    "{d}π  π  ({v}·+·{num})  ({v}·-·{num})  -{num}  {num}/{num}  ±{num}  {num}%  {function}  {V}  "
+    "{v}{v}  ({side})  {d}({side})",
+    "num": "{d}  0  {d}0  {d}00  {d}0.00  0.00  00.0  {d},0  0,00  {d},000  .0",
+    "v": "x  x  y  z  a  b  c  d  f  g  h  i  j  k  m  n  n  p  q  r  s  t  u  v  w",
+    "V": "A  B  C  E  F  G  H  L  M  N  P  R  S  T  V  X  Y",
+    "f": "f  f  g  h  F  P",
+    "fn": "sin  cos  tan  log  ln  lim  cot  exp  min",
+    "op": "+  +  +  -  -  -  ×  ÷  ±  *  /",
     "relation": "=  =  =  =  <  >  ≤  ≥  ≠",
 }
 GRAMMAR = {name: alternatives.split("  ") for name, alternatives in GRAMMAR.items()}
@@ -169,16 +200,20 @@ ALPHANUMERIC = DIGITS + UPPER + LOWER  # in the order of EMNIST's labels
 GROUPS = [UPPER] * 4 + [DIGITS] * 4 + [UPPER + DIGITS] * 3 + [LOWER + DIGITS]
 SINGLES = [UPPER + LOWER] * 6 + [DIGITS] * 2 + [string.punctuation] * 3
 ALIKE = "O0Q Il1| 1lI7 S5s Z2z B8 G6C q9g uvUV cCeo 5S8B6G ., :;i -~= ({[ )}] kKxX wWvV mnrnh"
+ENDINGS = "in ol ex ix ax ox um ium one ine cin zole pril fen dine tab vir lax mox cal plus it on "
+ENDINGS += "est ide ate pro max min cet zin rin via ana ora ton cor dol gel cap nex"
 TERMINALS = {
     "A": lambda words: choice(UPPER),
     "zero": lambda words: "0",
     "digits": lambda words: random_string(DIGITS, 4, 12),
-    "word": lambda words: cased(choice(words)),
-    "Word": lambda words: choice(words).capitalize(),
-    "WORD": lambda words: choice(words).upper(),
-    "invented": lambda words: cased(invented(words)),
-    "doubled": lambda words: cased(max(random.choices(words, k=12), key=confusing_pairs)),
-    "letters": lambda words: cased(next(filter(str.isalpha, random.choices(words, k=40)))),
+    "word": lambda words: cased(some_word(words)),
+    "Word": lambda words: some_word(words).capitalize(),
+    "WORD": lambda words: some_word(words).upper(),
+    "invented": lambda words: cased(invented(words.all)),
+    "brand": lambda words: cased(invented(words.all, ENDINGS.split())),
+    "doubled": lambda words: cased(max(random.choices(words.all, k=12), key=confusing_pairs)),
+    "letters": lambda words: cased(next(filter(str.isalpha, iter(partial(some_word, words), "")))),
+    "written": lambda words: choice(people(words.split).labels),
     "group": lambda words: random_string(choice(GROUPS), 1, 5),
     "mixed": lambda words: random_string(ALPHANUMERIC, 2, 7),
     "string": lambda words: random_string(ALPHANUMERIC + string.punctuation, 1, 12),
@@ -188,8 +223,9 @@ TERMINALS = {
 MIXES = {  # of the kinds of text, with their weights
     "printed": dict(words=28, made_up=8, doubled=5, name=6, item=6, punctuated=12, number=14)
     | dict(code=8, string=7, single=8, look_alikes=3),
-    "by hand": dict(words=33, made_up=6, doubled=4, name=6, item=4, punctuated=10, number=13)
+    "by hand": dict(words=30, made_up=9, doubled=4, name=6, item=4, punctuated=10, number=13)
     | dict(math=12, code=5, string=4, single=7),
+    "written": dict(written=1),
     "emnist": dict(letters=42, number=22, mixed=12, code=12, words=7, name=5),
     "math": dict(math=1),
     "fields": dict(code=4, number=4, words=3, letters=2, single=4),
@@ -206,7 +242,7 @@ RUN_TOGETHER = re.compile(r"__|['\"`]{2}")
 def expand(name, split):
     """A random text of the grammar, its words those of a split."""
     if name in TERMINALS:
-        return TERMINALS[name](dictionary()[split])
+        return TERMINALS[name](find_words(split))
     template = choice(GRAMMAR[name])
     return re.sub(r"{(\w+)}|0", lambda m: expand(m[1], split) if m[1] else choice(DIGITS), template)
 
@@ -214,13 +250,22 @@ def expand(name, split):
 def pick_text(mix, split):
     """A text of a mix of kinds, and whether it stands alone, with no word around its characters."""
     kind = random.choices(list(mix), list(mix.values()))[0]
-    return expand(kind, split).replace("·", choice(["", "", " "])), kind in STANDING_ALONE
+    text = expand(kind, split).replace("·", choice(["", "", " "]))
+    return text, kind in STANDING_ALONE or len(text) < 2
 
 
 def acceptable(label, settings):
     """Whether a label can be asked of a reader: known before anything is drawn."""
     fits = 0 < len(label) <= settings.max_length and label == label.strip()
     return fits and set(label) <= set(settings.charset) and not RUN_TOGETHER.search(label)
+
+
+def some_word(words):
+    """A word, of Words: every other one as people use them, the others of all there are."""
+    if chance(0.5):
+        return choice(words.all)
+    # The n-th most frequent as often as n ** (-2/3): by Zipf's law, 1/n, few others would be seen.
+    return words.used[int(len(words.used) * random.random() ** 3)]
 
 
 def random_string(characters, shortest, longest):
@@ -236,12 +281,12 @@ def confusing_pairs(word):
     return len(re.findall(r"(.)\1|rn|cl|vv|nn|ii|li|il|ri|m|w", word.lower()))
 
 
-def invented(words):
-    """The halves of two words, of the split of these, as most names are to a new reader."""
+def invented(words, endings=()):
+    """Halves of two words, or one and an ending, as most names are to a new reader; of a split."""
     split = word_split(words[0])
     while True:
         a, b = (word.lower() for word in random.choices(words, k=2))
-        word = a[: len(a) // 2 + 1] + b[len(b) // 2 :]
+        word = a[: len(a) // 2 + 1] + (choice(endings) if endings else b[len(b) // 2 :])
         if len(word) < 14 and word_split(word) == split:
             return word
 
@@ -251,8 +296,8 @@ def invented(words):
 
 TRDG_BY_HAND = {"Pacifico.ttf", "Amatic-Bold.ttf", "AmaticSC-Regular.ttf", "FFF_Tusj.ttf"}
 DRAWN_ONLY = {"dseg7": "0123456789-.: "}  # family: others are drawn as nobody would read them
-# The opposite, by family: drawn as another sign, as a blot or as nobody writes it; oldstyle 01 that
-# are o and ı; and signs of playwrite's, for lack of another hand to test them in
+# Characters left out, by family: drawn as another sign, as a blot or as nobody writes; oldstyle
+# 0 and 1, like o and ı; Playwrite's ≤≥≠, since no other hand would be left to test them in
 NOT_DRAWN = r"""alumni % audiowide & bungee ()[] cedarville &" cherry & covered $& dawning =%&
 doto :; emblema ~ fff _ handlee & homemade SIT& jacques 01 kaushan ~ la I%& lemonada ~ limelight ÷
 londrina × long &` loved {} ma F marck × mr ^ orbitron ()[] pacifico = permanent & pixelify ()<>
@@ -260,7 +305,8 @@ playfair 01 playwrite ≤≥≠ quattrocento ~ rufina 01 silkscreen & sixtyfour 
 the &%{} tiny5 ~ titillium "÷ truculenta ~ vt323 ×~ walkway ="'÷ workbench <>(){} yellowtail &
 zen \` zeyada [} sofia w"""
 NOT_DRAWN = dict(re.findall(r"(\S+) (\S+)", NOT_DRAWN))
-HAIRLINES = "Lato-Hairline", "Raleway-Thin"  # files left out: hardly there at 20 pixels
+# Of these, two are hardly there at 20 pixels
+FONT_FILE = re.compile(r"(?!Lato-Hairline|Raleway-Thin).*\.(ttf|otf|woff2?)", re.I)
 BORROWED = "×÷±√π≤≥≠"  # what a printed font that lacks it borrows from another, as browsers do
 # Pairs that many fonts draw alike, and the overlap from which nobody tells them apart
 OVERLAP = {"O0": 0.5, "Il": 0.72, "I|": 0.72, "l|": 0.72, "1l": 0.72, "1I": 0.72}
@@ -284,11 +330,9 @@ def find_fonts(settings):
 
     folders = Path(settings.fonts_dir), Path(trdg.__file__).parent / "fonts" / "latin"
     fonts, notes = [], []
-    for path in [path for folder in folders for path in sorted(folder.rglob("*.[twoTWO]*"))]:
-        if path.suffix.lower() not in (".ttf", ".otf", ".woff", ".woff2"):
-            continue
-        if path.name.startswith(HAIRLINES):
-            continue
+    # In one order on all systems
+    paths = [path for folder in folders for path in sorted(folder.rglob("*"), key=Path.as_posix)]
+    for path in [path for path in paths if FONT_FILE.fullmatch(path.name)]:
         by_hand = path.parent.name == "handwriting" or path.name in TRDG_BY_HAND
         try:
             font = survey_font(str(path), HANDWRITTEN if by_hand else PRINTED, settings.charset)
@@ -463,22 +507,81 @@ def trdg(text, font, split):
 
 
 # --------------------------------------------------------------------------------------------------
-# The pen of EMNIST: characters of many people, chosen and set as one hand would
+# Pens of people: characters of EMNIST, or strokes of UNIPEN's writers, set as one hand would
 
-X_HEIGHT = dict.fromkeys("acemnorsuvwxz", 0.68)  # against a capital's; EMNIST has one size for all
-DESCENT = dict(g=0.3, j=0.28, p=0.3, q=0.3, y=0.3)  # below the baseline, in capitals
-# Signs that EMNIST and most handwriting fonts lack: strokes, two spaces apart, through points x,y
-# in hundredths of a capital's height; y is 0 at its top, 100 at the baseline.
-SIGNS = {
-    "√": "0,60 10,52 24,100 44,-2 85,-4",
-    "π": "0,44 8,36 60,36  18,38 14,100  43,38 43,92 52,98",
-    "≤": "40,22 0,46 40,70  0,90 40,90",
-    "≥": "0,22 40,46 0,70  0,90 40,90",
-    "≠": "0,46 42,46  0,68 42,68  34,25 8,90",
+# Where a character stands: EMNIST has one size for all, strokes have a size but have lost their
+# place, and signs come in stray sizes. Which part of it (0 its foot, 1 its top) is how high above
+# the baseline, and the least and most of its height, or of a sign's larger side; all in capitals.
+PLACES = {
+    "acemnorsuvwxz": (0, 0, 0.45, 0.8),
+    "gpqy": (1, 0.65, 0.7, 1.25),
+    "j": (1, 0.9, 0.8, 1.4),
+    ".": (0, 0, 0.02, 0.1),
+    ",": (1, 0.1, 0.15, 0.35),
+    ";": (1, 0.6, 0.55, 0.85),
+    ":": (0, 0.05, 0.35, 0.6),
+    "'`\"^": (1, 1.05, 0.2, 0.45),
+    "*": (1, 1, 0.35, 0.6),
+    "-": (0.5, 0.42, 0.3, 0.7),
+    "~": (0.5, 0.42, 0.45, 0.8),
+    "=+×÷±<>≤≥≠": (0.5, 0.42, 0.5, 0.9),
+    "_": (0.5, -0.12, 0.5, 1),
+    "()[]{}|/\\": (0.5, 0.42, 1, 1.6),
+    "√": (0.5, 0.5, 1, 1.5),
+    "π": (0, 0, 0.5, 0.8),
 }
+CAPITAL = (0, 0, 0.9, 1.2)
+PLACES = {c: PLACES.get(next((g for g in PLACES if c in g), ""), CAPITAL) for c in CHARSET}
 # One person's way to write: lengths in parts of a capital's height, which is in pixels; slant in
 # columns per row; looseness is how much sizes, places and spaces vary; spacing < 0: they touch.
-Hand = namedtuple("Hand", "capital stroke slant looseness spacing settings")
+# writer: samples of each label, of one person or, for whole texts, of all, see People; wide: how
+# much strokes are stretched
+FIELDS = "capital stroke slant looseness spacing settings writer wide"
+Hand = namedtuple("Hand", FIELDS, defaults=[None, 1])
+
+# All steps between points (points, 2), and of each sample where its points begin, how many each of
+# its strokes has, its writer's name, and its label
+Samples = namedtuple("Samples", "steps points strokes writers labels")
+# texts: label -> numbers of samples; labels: of all of them; writers: character -> numbers, of each
+People = namedtuple("People", "texts labels writers")
+
+
+@cache
+def hands():
+    """The Samples of HANDS."""
+    with np.load(HANDS) as file:
+        steps = np.stack([file["dx"], file["dy"]], 1)  # (points, 2)
+        points, ends = file["points_in_stroke"].cumsum(), file["strokes_in_sample"].cumsum()
+        strokes = np.split(file["points_in_stroke"], ends[:-1])  # of each sample
+        names, labels = (str(file[name]).split("\n") for name in ("writers", "labels"))
+        writers = [names[number] for number in file["writer"]]
+    return Samples(steps, [0, *points[ends - 1].tolist()], strokes, writers, labels)
+
+
+def strokes_of(number):
+    """The strokes of a sample, a list of float32 (points, 2), y down, near (0, 0)."""
+    samples = hands()
+    steps = samples.steps[samples.points[number] : samples.points[number + 1]]
+    places = steps.astype(np.int32).cumsum(0).astype(np.float32)  # (points, 2)
+    return np.split(places, np.cumsum(samples.strokes[number])[:-1])
+
+
+@cache
+def people(split):
+    """The People of a split."""
+    texts, writers = {}, {}
+    for number, (writer, label) in enumerate(zip(hands().writers, hands().labels)):
+        if word_split(writer) != split:
+            continue
+        if len(label) == 1:
+            writers.setdefault(writer, {}).setdefault(label, []).append(number)
+            continue
+        # Held-out words stay so, in whoever's hand.
+        words = re.findall("[A-Za-z]+'?[A-Za-z]+", label) if split == "train" else []
+        if all(word_split(word) == "train" for word in words):
+            texts.setdefault(label, []).append(number)
+    labels = [label for label, numbers in texts.items() for _ in numbers]
+    return People(texts, labels, list(writers.values()))
 
 
 @cache
@@ -518,18 +621,42 @@ def pick_hand(kind, label, alone, names, split, settings):
     if alone and set(label) & set("IlOo"):
         return None
     looseness, spacing = uniform(0.02, 0.1), uniform(-0.1, 0.3)
-    return Hand(randint(20, 34), uniform(0.08, 0.2), gauss(0, 0.2), looseness, spacing, settings)
+    return Hand(randint(20, 34), uniform(0.08, 0.16), gauss(0, 0.2), looseness, spacing, settings)
+
+
+def pick_writer(kind, label, alone, names, split, settings):
+    """A Hand of somebody who has written all letters and digits of a label, or None."""
+    needed = set(label) & set(ALPHANUMERIC)
+    if alone and set(label) & set("IlOo"):
+        return None
+    some = random.choices(people(split).writers, k=40)
+    able = [writer for writer in some if needed <= writer.keys()]
+    return as_written(able[0], split, settings) if able else None
+
+
+def pick_text_writer(kind, label, alone, names, split, settings):
+    """A Hand that has written a label as a whole."""
+    return as_written(people(split).texts, split, settings)
+
+
+def as_written(writer, split, settings):
+    """A Hand that writes with these samples, a pen of any width; training rows lean and stretch."""
+    wide, slant = (2 ** uniform(-0.5, 0.4), gauss(0, 0.15)) if split == "train" else (1, 0)
+    looseness, spacing = uniform(0, 0.06), uniform(*choice([(-0.08, 0.1), (0, 0.35), (0.1, 0.6)]))
+    stroke = choice([uniform(0.04, 0.07), uniform(0.05, 0.11)])
+    return Hand(randint(20, 34), stroke, slant, looseness, spacing, settings, writer, wide)
 
 
 def composed(text, hand, split):
-    """Characters of EMNIST, and signs, side by side as a hand would set them: ink (H, W)."""
+    """Characters of a hand, and signs of anybody, set side by side as it would: ink (H, W)."""
     capital, baseline = hand.capital, 3 * hand.capital
     canvas, x = np.zeros((5 * capital, capital * (3 * len(text) + 6)), np.uint8), 2 * capital
     for c in text:
         if c == " ":
             x += round(capital * (uniform(0.5, 0.9) + max(0, hand.spacing)))
             continue
-        found = (character if c in ALPHANUMERIC else sign)(c, hand, split)
+        by_emnist = c in ALPHANUMERIC and not hand.writer
+        found = (character if by_emnist else stroked)(c, hand, split)
         if found is None:
             return None
         glyph, below = found
@@ -537,7 +664,7 @@ def composed(text, hand, split):
         part = canvas[y : y + len(glyph), x : x + glyph.shape[1]]
         np.maximum(part, glyph, out=part)
         # What touches a point or a dash would hide it.
-        gap = hand.spacing if c in ALPHANUMERIC else max(hand.spacing, 0.12)
+        gap = hand.spacing if c in ALPHANUMERIC else max(hand.spacing, 0.15)
         x += max(2, round(glyph.shape[1] + capital * (gap + gauss(0, hand.looseness))))
     top, bottom = baseline - round(1.3 * capital), baseline + round(0.4 * capital)
     return line_box(canvas, top, bottom, capital // 3)
@@ -550,44 +677,57 @@ def character(c, hand, split):
         return None
     some = random.choices(range(len(images)), k=8)
     stroke, height, slant = measures[some].T  # (8, 3) -> three of (8,)
-    size = X_HEIGHT.get(c, 1)
+    part, rise, least, most = PLACES[c]
+    size = (least + most) / 2
     unlike = np.abs(np.log(stroke / height * size / hand.stroke)) + 2 * np.abs(slant - hand.slant)
     glyph = images[some[int(unlike.argmin())]]  # (28, 28)
     top, bottom, left, right = ink_box(glyph, 0.25)
     glyph = glyph[top : bottom + 1, left : right + 1]
     scale = hand.capital * size * gauss(1, hand.looseness) / len(glyph)
     width, height = max(1, round(glyph.shape[1] * scale)), max(4, round(len(glyph) * scale))
-    depth = round(hand.capital * (DESCENT.get(c, 0) + gauss(0, hand.looseness)))
-    return cv2.resize(glyph, (width, height), interpolation=cv2.INTER_CUBIC), depth
+    depth = hand.capital * (part * size - rise + gauss(0, hand.looseness))
+    return cv2.resize(glyph, (width, height), interpolation=cv2.INTER_CUBIC), round(depth)
 
 
-def sign(c, hand, split):
-    """A sign in a handwriting font, or in strokes of our own: as character()."""
-    if c in SIGNS:
-        return drawn_sign(c, hand)
-    font = pick_font(HANDWRITTEN, c, False, "", split, hand.settings)
-    if font is None:
-        return None
-    tall = -typeface(font.path, 40).getbbox("E", anchor="ls")[1]  # a capital's height, in pixels
-    face = typeface(font.path, round(40 * hand.capital / max(20, tall)))
-    left, top, right, bottom = face.getbbox(c, anchor="ls")
-    image = Image.new("L", (max(1, right - left), max(1, bottom - top)))
-    ImageDraw.Draw(image).text((-left, -top), c, font=face, fill=255, anchor="ls")
-    return np.asarray(image), bottom
+def stroked(c, hand, split):
+    """A character of the hand's writer, or a sign of anybody, in strokes: as character()."""
+    own = (hand.writer or {}).get(c)
+    if not own:
+        able = [writer for writer in random.choices(people(split).writers, k=200) if c in writer]
+        if not able:
+            return None
+        own = able[0][c]
+    strokes = strokes_of(choice(own))
+    width, height = np.ptp(np.concatenate(strokes), axis=0)
+    part, rise, least, most = PLACES[c]
+    size = max(1, height if c in ALPHANUMERIC else max(width, height))
+    # What is somebody else's has no size in this hand; detexify's signs all have one.
+    tall = min(max(size / 128, least), most) if c in (hand.writer or {}) else uniform(least, most)
+    scale = hand.capital * tall * gauss(1, hand.looseness) / size
+    depth = part * scale * height - hand.capital * (rise + gauss(0, hand.looseness))
+    return traced(strokes, scale, hand), round(depth + hand.stroke * hand.capital / 2)
 
 
-def drawn_sign(c, hand):
-    """A sign of SIGNS, as a hand would write it: as character()."""
-    scale, width = hand.capital * gauss(1, hand.looseness), round(hand.stroke * hand.capital)
-    lines = [[point.split(",") for point in line.split(" ")] for line in SIGNS[c].split("  ")]
-    lines = [scale * (np.float32(line) / 100 + noise((len(line), 2), 0.025)) for line in lines]
-    points = np.concatenate(lines)  # (points, 2)
-    low, high = points.min(0) - width, points.max(0) + width
-    glyph = np.zeros(np.ceil(high - low)[::-1].astype(int), np.uint8)
-    for line in lines:  # in sixteenths of a pixel
-        path = np.round(16 * (line - low)).astype(np.int32)
-        cv2.polylines(glyph, [path], False, 255, width, cv2.LINE_AA, shift=4)
-    return glyph, round(high[1] - scale)
+def traced(strokes, scale, hand):
+    """Strokes as a round pen draws them, uint8 (h, w), tight around the ink."""
+    width = max(2, round(2 * hand.stroke * hand.capital))  # twice as large first, to be smooth
+    # Not as a product of matrices, whose last bit is another on another processor
+    lines = [np.stack([hand.wide * x - hand.slant * y, y], 1) for x, y in (s.T for s in strokes)]
+    lines = [line * np.float32(2 * scale) for line in lines]  # (points, 2) each
+    every = np.concatenate(lines)
+    low, size = every.min(0), np.ceil(np.ptp(every, 0) / 2).astype(int) * 2 + 2 * (width // 2 + 1)
+    glyph = np.zeros(size[::-1], np.uint8)
+    for line in lines:  # in sixteenths of a pixel; a dot is a line to itself
+        path = np.round(16 * (np.concatenate([line, line[-1:]]) - low + width // 2 + 1))
+        cv2.polylines(glyph, [path.astype(np.int32)], False, 255, width, cv2.LINE_AA, shift=4)
+    return cv2.resize(glyph, (size // 2).tolist(), interpolation=cv2.INTER_AREA)
+
+
+def retraced(text, hand, split):
+    """A word or text as somebody has written it: ink (H, W)."""
+    strokes = strokes_of(choice(hand.writer[text]))
+    glyph = traced(strokes, 1.3 * hand.capital / 128, hand)
+    return np.pad(glyph, hand.capital // 4).astype(np.float32) / 255
 
 
 # --------------------------------------------------------------------------------------------------
@@ -691,7 +831,7 @@ def room(ink, least=0.0, most=0.25):
 
 def closely(ink, least=-0.02, most=0.15, share=1.0):
     """Cut out near the ink or, on some sides, a little into it."""
-    top, bottom, left, right = ink_box(ink, 0.3)
+    top, bottom, left, right = ink_box(ink, 0.15)
     line = bottom - top
     if line < 0.4 * len(ink) or right - left < line / 3 or not chance(share):  # a comma, a dash
         return ink
@@ -713,7 +853,7 @@ def rules(ink):
 def neighbours(ink, most=0.14, share=0.4, aside=False):
     """The lines above and below come into the image, on paper that is free of our own."""
     if aside:  # or the characters to the left and to the right
-        return np.ascontiguousarray(neighbours(ink.T, 0.1 * len(ink) / ink.shape[1], 0.15).T)
+        return np.ascontiguousarray(neighbours(ink.T, 0.06 * len(ink) / ink.shape[1], 0.15).T)
     for _ in range(2):  # below, upside down, and then above
         ink = ink[::-1]
         top, bottom, _, _ = ink_box(ink, 0.3)
@@ -746,11 +886,6 @@ def fields(ink, edges):
     lines += [((edges[0], y), (edges[-1], y)) for y in {bottom, top if start == top else bottom}]
     rim = randint(0, 3)  # how the fields are cut out of the form
     return lined(ink, lines)[rim : h - rim, rim : w - rim]
-
-
-def evenly(ink, edges):
-    """At one pitch, as machines set it."""
-    return stretched(ink, -1, 0)
 
 
 def stamped(ink, edges):
@@ -806,10 +941,11 @@ def lettered(ink):
     return choice(looks) * (1 - choice([0, 0, 0.2, 0.4]) * clouds(ink.shape, 1))
 
 
-def curved(ink, bend=2.0, tilt=8):
-    """On an arc of up to so many radians, upwards or downwards, tilted by up to so many degrees."""
+def curved(ink, bend=2.0):
+    """On an arc of up to so many radians, no taller than it can be read; up or down, and tilted."""
     (h, w), up = ink.shape, choice([1, -1])
-    lean, bend = np.radians(uniform(-tilt, tilt)), min(bend * uniform(0.2, 1), 0.8 * w / h) + 0.01
+    lean, bend = np.radians(uniform(-8, 8)), bend * uniform(0.2, 1)
+    bend = min(bend, 0.8 * w / h, 4 * h / w) + 0.01
     radius, angles = w / bend, lean + bend * np.linspace(-0.5, 0.5, 25)
     rim = -1j * np.outer([radius - h / 2, radius + h / 2], np.exp(1j * angles))
     x, y = (np.arange(part.min(), part.max()) for part in (rim.real, rim.imag))
@@ -818,11 +954,11 @@ def curved(ink, bend=2.0, tilt=8):
     return cv2.remap(ink[::up, ::up], *np.float32([along, out]), cv2.INTER_LINEAR)[::up, ::up]
 
 
-def busy(ink, most=0.25):
+def busy(ink):
     """On a picture: stains, and edges of other things."""
     ground = clouds(ink.shape, uniform(0.7, 4))
     ground = blur(np.float32(ground > uniform(0.5, 0.9))) if chance(0.4) else ground
-    return ink + (1 - np.abs(ink)) * uniform(0, most) * ground
+    return ink + (1 - np.abs(ink)) * uniform(0, 0.25) * ground
 
 
 def snapped(ink):
@@ -920,12 +1056,13 @@ HEATED = [partial(faded, patches=2, least=0.6, dead=0.15), partial(coarse, rows=
 WEAVE = partial(faded, patches=14, least=0.45)  # of an inked ribbon
 PRESS = partial(bold, size=(0, 0.06), share=0.3)
 FRAME = partial(form_lines, share=0.35, numbers=[4])
-SCANNED = [stretched, PRESS, partial(faded, patches=2, least=0.7), partial(room, most=0.15)]
-SCANNED += [neighbours, partial(form_lines, share=0.1, numbers=[1, 2])]
-SCANNED += [partial(coarse, rows=(28, 48), ragged=0.6), partial(blur, share=0.5), closely]
+CLOSER = partial(stretched, least=-1, most=0)  # of cells: at one pitch, as machines set it
+PAPER = [neighbours, partial(form_lines, share=0.1, numbers=[1, 2])]
+PAPER += [partial(coarse, rows=(28, 48), ragged=0.6), partial(blur, share=0.5), closely]
+SCANNED = [PRESS, partial(faded, patches=2, least=0.7), partial(room, most=0.15), *PAPER]
 SLIP = dict(dark=(0, 170), light=(215, 255), grain=(0, 2, 6), jpeg=(40, 95))
-BOARD = [PRESS, partial(room, least=0.12, most=0.25), partial(neighbours, aside=True), lettered]
-BOARD, CUT = [*BOARD, snapped], [closely, busy]
+GROUND = [partial(room, least=0.12), partial(neighbours, aside=True), lettered]
+BOARD, CUT = [PRESS, *GROUND], [closely, busy]
 SIGN = dict(dark=(0, 120), light=(150, 255), grain=(0, 0, 3), light_on_dark=0.6, jpeg=(25, 90))
 ALL_KINDS = {
     "form": Style(2.5, [room, neighbours, form_lines], CLEAN),
@@ -940,12 +1077,14 @@ STYLES = {
         "typewriter": Style(1, [struck, blur, WEAVE], CLEAN, fonts=MONO),
         "dot matrix": Style(0.5, [dots, faded], NEEDLE, "receipt", NEEDLES),
         "receipt": Style(3, [*HEATED, closely], SLIP, "receipt", NARROW),
-        "scanned": Style(3, SCANNED, SLIP, "receipt"),
-        "one pitch": Style(1, [evenly, *SCANNED], SLIP, "receipt", MONO, cells=True),
+        "scanned": Style(3, [stretched, *SCANNED], SLIP, "receipt"),
+        "one pitch": Style(1, [CLOSER, *SCANNED], SLIP, "receipt", MONO, cells=True),
         "label": Style(2, [PRESS, room, FRAME], PLATE, "label"),
-        "sign": Style(3, [stretched, *BOARD, partial(curved, bend=0.1), *CUT], SIGN, "sign"),
-        "curved": Style(2, [*BOARD[:-1], partial(blur, share=0.5), curved, *CUT], SIGN, "sign"),
-        "spaced": Style(1, [evenly, *BOARD[1:-1], *CUT], SIGN, "sign", cells=True),
+        "sign": Style(
+            3, [stretched, *BOARD, snapped, partial(curved, bend=0.1), *CUT], SIGN, "sign"
+        ),
+        "curved": Style(2, [*BOARD, partial(blur, share=0.5), curved, *CUT], SIGN, "sign"),
+        "spaced": Style(1, [CLOSER, *GROUND, *CUT], SIGN, "sign", cells=True),
         "screen": Style(2, [stretched, PRESS, partial(coarse, rows=(14, 24)), *CUT], SIGN, "sign"),
         "low resolution": Style(2, [coarse], dict(jpeg=(30, 95))),
         "stamped": Style(1, [stamped, partial(blur, share=0.3)], {}, "stamp", cells=True),
@@ -957,10 +1096,11 @@ STYLES = {
         "pencil": Style(2, [partial(faded, grain=0.7)], FAINT),
         "marker": Style(1.5, [bold, blur, faded]),
         "ruled": Style(3, [room, rules], LIGHT),
+        "copied": Style(3, [PRESS, *PAPER], CLEAN),
     }
     | ALL_KINDS,
 }
-STYLES[EMNIST] = STYLES[HANDWRITTEN]
+STYLES[EMNIST] = STYLES[STROKES] = STYLES[HANDWRITTEN]
 
 
 def pick_style(row, styled):
@@ -971,10 +1111,15 @@ def pick_style(row, styled):
     return name, styles[name]
 
 
+def cuts_closely(style):
+    """Whether what a style leaves does not show how large a character is in its line."""
+    return closely in [getattr(effect, "func", effect) for effect in style.effects]
+
+
 def finish(ink, edges, style):
     """Ink (H, W) and the edges of its fields, if any, in a style: an image, uint8 (H, W)."""
     first, *rest = style.effects
-    ink = first(ink, edges) if style.cells else first(ink)
+    ink = first(ink, edges) if first in (fields, stamped) else first(ink)
     for effect in rest:
         ink = effect(ink)
     return tones(ink, **style.tones)
@@ -993,6 +1138,9 @@ SOURCES = {
     "emnist_words": Source(EMNIST, pick_hand, composed, "emnist", composed),
     "emnist_math": Source(EMNIST, pick_hand, composed, "math"),
     "handwriting": Source(HANDWRITTEN, pick_font, typed, "by hand", typed),
+    "unipen_words": Source(STROKES, pick_text_writer, retraced, "written"),
+    "unipen_text": Source(STROKES, pick_writer, composed, "by hand", composed),
+    "unipen_math": Source(STROKES, pick_writer, composed, "math"),
 }
 
 
@@ -1011,11 +1159,15 @@ def sample(source, index, settings):
         label, alone = pick_text(MIXES[style.texts if own else row.texts], split)
         if not acceptable(label, settings):
             continue
+        if alone and len(label) < 3 and cuts_closely(style):
+            continue  # where size and place alone tell c from C
         writer = row.pick(row.kind, label, alone, style.fonts, split, settings)  # a font or a hand
         image = writer and draw(label, alone, row, style, writer, split, settings.warped)
         if image is None:
             continue
-        seen = load_image(image)  # the network must find room for the label, and ink
+        # The network must find room for the label, and ink. As an array, since torch's threads hang
+        # in a worker that was forked: a wide line stopped a run for good.
+        seen = load_image(image).numpy()  # (HEIGHT, W)
         if frames_needed(label) <= num_frames(seen.shape[1]) and int((seen < 128).sum()) >= 3:
             return image, label, split, name
     remedy = f"widen CHARSET and MAX_LENGTH, or set NUM_IMAGES[{source!r}] = 0"
@@ -1051,8 +1203,9 @@ def mark(source, settings):
         settings = settings._replace(warped=0)
     parts = [settings._replace(fonts_dir="", datasets_dir=""), version("pillow"), version("trdg")]
     parts += [cv2.__version__, np.__version__, syntax(__file__), syntax(crnn.__file__)]
+    parts += [zlib.crc32(path.read_bytes()) for path in (HANDS, FREQUENT)]
     for font in find_fonts(settings)[0]:
-        if font.kind == (HANDWRITTEN if row.kind == EMNIST else row.kind):
+        if font.kind == row.kind:
             parts += [os.path.basename(font.path), font.held_out, os.path.basename(font.lender)]
             parts += [zlib.crc32(Path(font.path).read_bytes())]
     if row.kind == EMNIST:
@@ -1164,7 +1317,7 @@ def find_sources(settings):
     if rank() == 0:
         by_emnist = by_emnist and emnist_is_there(settings)
     crnn.wait_for_all()  # for the download
-    there |= {EMNIST} if by_emnist and emnist_is_there(settings) else set()
+    there |= {STROKES, EMNIST} if by_emnist and emnist_is_there(settings) else {STROKES}
     for source in [source for source in counts if SOURCES[source].kind not in there]:
         print(f"{source} is left out: it needs {SOURCES[source].kind}, for training and for test")
         del counts[source]
@@ -1212,6 +1365,9 @@ def main():
     """Draw every source, then write data.csv and preview.png."""
     started, datasets = time.perf_counter(), Path(DATASETS_DIR)
     crnn.Charset(CHARSET)  # refuses a repeated character
+    for path in (HANDS, FREQUENT):
+        if not path.exists():
+            raise InputError(f"{path} is missing: it is part of the repository, fetch it again")
     kinds = SEED, CHARSET, MAX_LENGTH, STYLED, WARPED, HELD_OUT_FONTS
     settings = Settings(*kinds, FONTS_DIR, DATASETS_DIR)
     crnn.join_processes()
