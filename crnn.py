@@ -497,7 +497,7 @@ def read_images(model, images, batch_size):
 def looks(image):
     """Other ways to look at an image, uint8 (H, W): with much ink, as paper; stretched; smaller.
 
-    Where its margins are high, the last two are zoomed too. A character keeps its part of the width.
+    Where its margins are high, these two are zoomed. A character keeps its part of the width.
     """
     height, width = image.shape
     if (image < 128).float().mean() > BOLD:
