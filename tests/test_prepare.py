@@ -458,7 +458,7 @@ def test_a_warped_line_is_the_same_text(prepare):
 
 def test_all_sources(prepare, capsys):
     fake_emnist(prepare.DATASETS_DIR)
-    assert draw_again(prepare, capsys) == 144
+    assert draw_again(prepare, capsys) == 24 * 9
     rows, folder = data_rows(prepare), Path(prepare.DATASETS_DIR)
     assert list(rows.columns) == ["image_path", "label", "source", "split", "style"]
     assert "mark" in read_labels(folder / "handwriting" / "00000.csv").columns
@@ -512,6 +512,12 @@ def test_a_forked_worker_draws_a_wide_line(prepare):
     worker.join(60)
     worker.terminate()
     assert worker.exitcode == 0
+
+
+def test_a_narrow_charset_still_finds_texts(prepare):
+    for index in range(20):
+        narrow = settings(prepare)._replace(charset=prepare.DIGITS)
+        assert set(prepare.sample("unipen_words", index, narrow)[1]) <= set(prepare.DIGITS)
 
 
 def test_another_seed_draws_other_images(prepare):
@@ -638,12 +644,13 @@ def test_without_emnist_and_without_network(prepare, capsys, monkeypatch):
     output = capsys.readouterr().out
     assert output.count("EMNIST is missing") == 1
     assert f"{prepare.DATASETS_DIR}/emnist/EMNIST/raw" in output
-    assert set(data_rows(prepare).source) == set(TYPED)
+    assert set(data_rows(prepare).source) == {*TYPED, *WRITTEN}
 
 
 COMPLAINTS = [
     (dict(NUM_IMAGES={}), "set a number in NUM_IMAGES"),
     (dict(CHARSET="aa"), "more than once"),
+    (dict(HANDS=Path("none.npz")), "none.npz is missing: it is part of the repository"),
     (dict(MAX_LENGTH=0), r"set NUM_IMAGES\['trdg_custom'\] = 0"),
     (dict(DATASETS_DIR=FONT + "/datasets"), "DejaVuSans.ttf/datasets"),  # a file is in the way
 ]
