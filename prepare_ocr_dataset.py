@@ -305,7 +305,7 @@ playfair 01 playwrite ≤≥≠ quattrocento ~ rufina 01 silkscreen & sixtyfour 
 the &%{} tiny5 ~ titillium "÷ truculenta ~ vt323 ×~ walkway ="'÷ workbench <>(){} yellowtail &
 zen \` zeyada [} sofia w"""
 NOT_DRAWN = dict(re.findall(r"(\S+) (\S+)", NOT_DRAWN))
-# Of these, two are hardly there at 20 pixels
+# The names of font files; of two, little is there at 20 pixels
 FONT_FILE = re.compile(r"(?!Lato-Hairline|Raleway-Thin).*\.(ttf|otf|woff2?)", re.I)
 BORROWED = "×÷±√π≤≥≠"  # what a printed font that lacks it borrows from another, as browsers do
 # Pairs that many fonts draw alike, and the overlap from which nobody tells them apart
