@@ -73,12 +73,8 @@ SHAPING = "seed charset max_length styled warped held_out_fonts fonts_dir datase
 Settings = namedtuple("Settings", SHAPING)
 
 # What is drawn with; pen strokes are those of people, see myFonts/hands/README.md
-PRINTED, HANDWRITTEN, EMNIST, STROKES = (
-    "printed fonts",
-    "handwritten fonts",
-    "EMNIST",
-    "pen strokes",
-)
+PRINTED, HANDWRITTEN = "printed fonts", "handwritten fonts"
+EMNIST, STROKES = "EMNIST", "pen strokes"
 HANDS = Path(__file__).parent / "myFonts" / "hands" / "hands.npz"
 FREQUENT = Path(__file__).parent / "myFonts" / "words" / "english.txt"  # words, by frequency
 TRIES = 2_000  # texts tried for one sample: of a narrow CHARSET few fit
@@ -107,15 +103,17 @@ Words = namedtuple("Words", "split all used")
 
 
 @cache
-def find_words(split):
-    """The Words of a split."""
+def find_words():
+    """The Words of every split, a dict."""
     import trdg
 
+    words = {split: Words(split, [], []) for split in ("train", "val", "test")}
     dictionary = Path(trdg.__file__).parent / "dicts" / "en.txt"
-    texts = [path.read_text(encoding="utf-8").split() for path in (dictionary, FREQUENT)]
-    word = re.compile(r"[A-Za-z]([A-Za-z'-]{0,10}[A-Za-z])?")
-    own = [[w for w in text if word.fullmatch(w) and word_split(w) == split] for text in texts]
-    return Words(split, *own)
+    for kind, path in (("all", dictionary), ("used", FREQUENT)):
+        text = path.read_text(encoding="utf-8").split()
+        for word in filter(re.compile(r"[A-Za-z]([A-Za-z'-]{0,10}[A-Za-z])?").fullmatch, text):
+            getattr(words[word_split(word)], kind).append(word)
+    return words
 
 
 # --------------------------------------------------------------------------------------------------
@@ -242,7 +240,7 @@ RUN_TOGETHER = re.compile(r"__|['\"`]{2}")
 def expand(name, split):
     """A random text of the grammar, its words those of a split."""
     if name in TERMINALS:
-        return TERMINALS[name](find_words(split))
+        return TERMINALS[name](find_words()[split])
     template = choice(GRAMMAR[name])
     return re.sub(r"{(\w+)}|0", lambda m: expand(m[1], split) if m[1] else choice(DIGITS), template)
 
@@ -616,9 +614,14 @@ def emnist_class(settings, split, character):
     return images, np.stack([stroke, ink.max(2).sum(1), slant], 1)  # (n, 3)
 
 
+def guesswork(label, alone):
+    """Whether nobody could read a label by hand: O is 0 where no word says otherwise."""
+    return alone and bool(set(label) & set("IlOo"))
+
+
 def pick_hand(kind, label, alone, names, split, settings):
-    """A Hand, or None for a label that nobody could read: O is 0 where no word says otherwise."""
-    if alone and set(label) & set("IlOo"):
+    """A Hand, or None for a label that nobody could read."""
+    if guesswork(label, alone):
         return None
     looseness, spacing = uniform(0.02, 0.1), uniform(-0.1, 0.3)
     return Hand(randint(20, 34), uniform(0.08, 0.16), gauss(0, 0.2), looseness, spacing, settings)
@@ -626,10 +629,9 @@ def pick_hand(kind, label, alone, names, split, settings):
 
 def pick_writer(kind, label, alone, names, split, settings):
     """A Hand of somebody who has written all letters and digits of a label, or None."""
-    needed = set(label) & set(ALPHANUMERIC)
-    if alone and set(label) & set("IlOo"):
+    if guesswork(label, alone):
         return None
-    some = random.choices(people(split).writers, k=40)
+    needed, some = set(label) & set(ALPHANUMERIC), random.choices(people(split).writers, k=40)
     able = [writer for writer in some if needed <= writer.keys()]
     return as_written(able[0], split, settings) if able else None
 
@@ -691,18 +693,18 @@ def character(c, hand, split):
 
 def stroked(c, hand, split):
     """A character of the hand's writer, or a sign of anybody, in strokes: as character()."""
-    own = (hand.writer or {}).get(c)
+    samples = own = (hand.writer or {}).get(c)
     if not own:
         able = [writer for writer in random.choices(people(split).writers, k=200) if c in writer]
         if not able:
             return None
-        own = able[0][c]
-    strokes = strokes_of(choice(own))
+        samples = able[0][c]
+    strokes = strokes_of(choice(samples))
     width, height = np.ptp(np.concatenate(strokes), axis=0)
     part, rise, least, most = PLACES[c]
     size = max(1, height if c in ALPHANUMERIC else max(width, height))
     # What is somebody else's has no size in this hand; detexify's signs all have one.
-    tall = min(max(size / 128, least), most) if c in (hand.writer or {}) else uniform(least, most)
+    tall = min(max(size / 128, least), most) if own else uniform(least, most)
     scale = hand.capital * tall * gauss(1, hand.looseness) / size
     depth = part * scale * height - hand.capital * (rise + gauss(0, hand.looseness))
     return traced(strokes, scale, hand), round(depth + hand.stroke * hand.capital / 2)
@@ -888,6 +890,11 @@ def fields(ink, edges):
     return lined(ink, lines)[rim : h - rim, rim : w - rim]
 
 
+def evenly(ink, edges):
+    """At one pitch, as machines set it."""
+    return stretched(ink, -1, 0)
+
+
 def stamped(ink, edges):
     """Struck or stuck on one by one: each turned, moved and inked in its own way."""
     h, w = ink.shape
@@ -1056,7 +1063,6 @@ HEATED = [partial(faded, patches=2, least=0.6, dead=0.15), partial(coarse, rows=
 WEAVE = partial(faded, patches=14, least=0.45)  # of an inked ribbon
 PRESS = partial(bold, size=(0, 0.06), share=0.3)
 FRAME = partial(form_lines, share=0.35, numbers=[4])
-CLOSER = partial(stretched, least=-1, most=0)  # of cells: at one pitch, as machines set it
 PAPER = [neighbours, partial(form_lines, share=0.1, numbers=[1, 2])]
 PAPER += [partial(coarse, rows=(28, 48), ragged=0.6), partial(blur, share=0.5), closely]
 SCANNED = [PRESS, partial(faded, patches=2, least=0.7), partial(room, most=0.15), *PAPER]
@@ -1078,13 +1084,13 @@ STYLES = {
         "dot matrix": Style(0.5, [dots, faded], NEEDLE, "receipt", NEEDLES),
         "receipt": Style(3, [*HEATED, closely], SLIP, "receipt", NARROW),
         "scanned": Style(3, [stretched, *SCANNED], SLIP, "receipt"),
-        "one pitch": Style(1, [CLOSER, *SCANNED], SLIP, "receipt", MONO, cells=True),
+        "one pitch": Style(1, [evenly, *SCANNED], SLIP, "receipt", MONO, cells=True),
         "label": Style(2, [PRESS, room, FRAME], PLATE, "label"),
         "sign": Style(
             3, [stretched, *BOARD, snapped, partial(curved, bend=0.1), *CUT], SIGN, "sign"
         ),
         "curved": Style(2, [*BOARD, partial(blur, share=0.5), curved, *CUT], SIGN, "sign"),
-        "spaced": Style(1, [CLOSER, *GROUND, *CUT], SIGN, "sign", cells=True),
+        "spaced": Style(1, [evenly, *GROUND, *CUT], SIGN, "sign", cells=True),
         "screen": Style(2, [stretched, PRESS, partial(coarse, rows=(14, 24)), *CUT], SIGN, "sign"),
         "low resolution": Style(2, [coarse], dict(jpeg=(30, 95))),
         "stamped": Style(1, [stamped, partial(blur, share=0.3)], {}, "stamp", cells=True),
@@ -1119,7 +1125,7 @@ def cuts_closely(style):
 def finish(ink, edges, style):
     """Ink (H, W) and the edges of its fields, if any, in a style: an image, uint8 (H, W)."""
     first, *rest = style.effects
-    ink = first(ink, edges) if first in (fields, stamped) else first(ink)
+    ink = first(ink, edges) if style.cells else first(ink)
     for effect in rest:
         ink = effect(ink)
     return tones(ink, **style.tones)

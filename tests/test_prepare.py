@@ -117,7 +117,7 @@ def test_every_kind_of_text_expands(prepare):
 
 def test_words_of_the_test_are_not_trained_on(prepare):
     random.seed(0)
-    known = {split: prepare.find_words(split) for split in SPLITS}
+    known = prepare.find_words()
     words = {split: {word.lower() for word in known[split].all} for split in SPLITS}
     held_out = words["val"] | words["test"]
     assert words["train"] & held_out == set()
@@ -285,7 +285,7 @@ def test_a_hand_writes_the_characters_of_its_label_in_their_order(prepare):
 
 def test_frequent_words_are_drawn_more_often(prepare):
     random.seed(0)
-    words = prepare.find_words("train")
+    words = prepare.find_words()["train"]
     drawn = [prepare.some_word(words) for _ in range(4000)]
     places = {word: place for place, word in enumerate(words.used)}
     common = [places[word] for word in drawn if word in places]
@@ -325,8 +325,6 @@ def test_strokes_stand_on_their_line(prepare):
 
 def test_a_text_is_composed_of_one_writers_characters(prepare):
     random.seed(0)
-    stroked = Mock(wraps=prepare.stroked)
-    prepare.set(stroked=stroked)
     for drawn in samples(prepare, "unipen_text", 12):
         own = [c for c in drawn.label if c in prepare.ALPHANUMERIC]
         assert all(c in drawn.writer.writer for c in own)
