@@ -4,7 +4,8 @@
     python inference_crnn.py scan.png forms/ own.csv   images, folders, csv files (image_path,label)
 
 Prints what it reads and writes predictions.csv; where labels are known, also a table of scores and
-a page in REPORT_DIR. Exit status 1 when any image cannot be read. From Python: recognize(images).
+a report, where there are none a page to correct the readings in, both in REPORT_DIR. Exit status 1
+when any image cannot be read. From Python: recognize(images).
 """
 
 import base64
@@ -23,7 +24,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from rapidfuzz.distance import Levenshtein
 
 import crnn
@@ -39,12 +40,13 @@ MIN_CONFIDENCE = 0.5  # below this a prediction is marked for a person to check
 PREDICTIONS_CSV = "predictions.csv"  # columns image_path,label,source,prediction,confidence
 PREDICTIONS_JSONL = None  # "predictions.jsonl": a line per image, with every character; None: none
 ONNX_PATH = None  # "crnn.onnx" writes the model so too (pip install onnx onnxscript); None: not
-REPORT_DIR = "ocr_crnn_model/report"  # for index.html, where labels are known; None: none
+REPORT_DIR = "ocr_crnn_model/report"  # index.html: labels known; check.html: not; None: neither
 NUM_THREADS = os.cpu_count() or 1  # that decode images
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # where to read
 # --------------------------------------------------------------------------------------------------
 
 CHUNK = 1024  # images held in memory at a time
+CHECKED_AT_ONCE = 5_000  # images on one page to correct
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp", ".gif"}
 
 
@@ -173,21 +175,117 @@ def write_results(part):
     import pandas as pd  # here, so that recognize() from Python does not wait for it
 
     columns = ["image_path", "label", "source", "prediction", "confidence"]
+    rows = []
     with open(part, encoding="utf-8") as file:  # line by line, since characters take much memory
-        records = (json.loads(line) for line in file)
-        rows = [[record.get(column) for column in columns] for record in records]
-    table = pd.DataFrame(rows, columns=columns)
+        for record in map(json.loads, file):
+            found = enumerate(c["alternatives"] for c in record.get("characters", ()))
+            others = {place: [c for c, _ in pairs] for place, pairs in found if pairs}
+            rows.append([*map(record.get, columns), others])
+    table = pd.DataFrame(rows, columns=[*columns, "others"])
     skipped = table.confidence.isna()
     table = table[~skipped]
     quoting = dict(quoting=csv.QUOTE_ALL, lineterminator="\n", float_format="%.4f")
     with whole_file(PREDICTIONS_CSV) as temporary:
-        table.to_csv(temporary, index=False, **quoting)
+        table.to_csv(temporary, index=False, columns=columns, **quoting)
     if PREDICTIONS_JSONL:
         with whole_file(PREDICTIONS_JSONL) as temporary, open(temporary, "wb") as file:
             lines = part.read_bytes().splitlines(keepends=True)
             file.writelines(line for line in lines if b'"skipped": true' not in line)
     part.unlink()
     return table, int(skipped.sum())
+
+
+# --------------------------------------------------------------------------------------------------
+# Pages on which a person corrects readings
+
+CHECK = """<!doctype html><meta charset=utf-8><meta name=viewport content="width=device-width">
+<title>Check the readings</title><style>
+body { font: 16px/1.4 sans-serif; max-width: 48em; margin: auto; padding: 0 1em }
+header { position: sticky; top: 0; background: white; border-bottom: 1px solid; padding: 0.5em 0 }
+section { content-visibility: auto; contain-intrinsic-size: auto 10em; padding: 1em 0 1em 12px }
+.unreadable img { opacity: 0.2 } small { overflow-wrap: anywhere; color: dimgrey }
+img { max-width: 100%; height: 3.5em; object-fit: contain; object-position: left }
+.field { font: 22px monospace; width: 100%; box-sizing: border-box }
+pre { display: flex; flex-wrap: wrap; margin: 0.3em 0; font: 18px monospace }
+pre * { display: block; font: inherit; min-width: 1ch } .checked { border-left: 6px solid green }
+</style><header><b id=count></b> <button id=save>Save them</button> to <code id=folder></code><br>
+<small>Enter: checked, to the next. A click on a character below a doubtful one takes it.</small>
+</header><main id=rows></main><script id=job type=application/json>JOB</script><script>
+const find = id => document.getElementById(id), job = JSON.parse(find("job").textContent)
+const key = job.folder + job.file, kept = JSON.parse(localStorage.getItem(key) || "{}")
+const make = (to, kind, facts) => to.appendChild(Object.assign(document.createElement(kind), facts))
+function keep(row, text) {  // null: not readable
+  localStorage.setItem(key, JSON.stringify(Object.assign(kept, { [row.path]: text })))
+  show(row)
+}
+function show(row) {
+  row.part.classList.toggle("checked", row.path in kept)
+  row.part.classList.toggle("unreadable", kept[row.path] === null)
+  find("count").textContent = `${Object.keys(kept).length} of ${job.rows.length} checked`
+}
+for (const row of job.rows) {
+  const part = row.part = make(find("rows"), "section"), text = kept[row.path] ?? row.text
+  make(part, "img", { src: row.image, loading: "lazy" })
+  const field = make(part, "input", { className: "field", value: text, spellcheck: false })
+  const line = make(part, "pre"), label = make(part, "label")
+  for (const [i, read] of [...row.text].entries()) {
+    const place = make(line, "span"), others = row.others[i] || []
+    make(place, others.length ? "mark" : "span", { textContent: read })
+    for (const other of others) make(place, "button", { textContent: other }).onclick = () => {
+      field.value = [...field.value].with(i, other).join("")
+      field.oninput()
+    }
+  }
+  const bad = make(label, "input", { type: "checkbox", checked: kept[row.path] === null })
+  make(label, "small", { textContent: ` not readable. ${row.path}, confidence ${row.confidence}` })
+  bad.onchange = () => keep(row, bad.checked ? null : field.value)
+  field.oninput = bad.onchange
+  field.onkeydown = event => {
+    if (event.key != "Enter") return
+    bad.onchange()
+    part.nextElementSibling?.querySelector("input").focus()
+  }
+  show(row)
+}
+find("folder").textContent = `${job.folder}/${job.file}`
+find("save").onclick = () => {
+  const rows = [["image_path", "label"], ...Object.entries(kept).filter(pair => pair[1])]
+  const lines = rows.map(pair => pair.map(text => `"${text.replaceAll('"', '""')}"`) + "\\n")
+  const href = URL.createObjectURL(new Blob(lines, { type: "text/csv" }))
+  make(document.body, "a", { href, download: job.file }).click()
+}
+</script>"""
+
+
+def thumbnail(path):
+    """A small picture of an image, as a data URL."""
+    with Image.open(path) as image:
+        image = ImageOps.exif_transpose(image).convert("RGB")
+    image.thumbnail((700, 64))
+    memory = io.BytesIO()
+    image.save(memory, "JPEG", quality=75)
+    return f"data:image/jpeg;base64,{base64.b64encode(memory.getvalue()).decode()}"
+
+
+def write_check(rows):
+    """Pages in REPORT_DIR to correct readings in, the least sure first. Returns their paths."""
+    paths, written = [Path(os.path.abspath(path)) for path in rows.image_path], []
+    folder = Path(os.path.commonpath([path.parent for path in paths]))
+    rows = rows.assign(path=paths).sort_values("confidence", kind="stable")
+    for start in range(0, len(rows), CHECKED_AT_ONCE):
+        page = rows[start : start + CHECKED_AT_ONCE]
+        number = f"_{len(written) + 1}" * (len(rows) > CHECKED_AT_ONCE)
+        with ThreadPoolExecutor(NUM_THREADS) as threads:
+            images = list(threads.map(thumbnail, page.path))
+        names = [path.relative_to(folder).as_posix() for path in page.path]
+        page = page.assign(path=names, text=page.prediction, image=images).round({"confidence": 2})
+        job = dict(folder=folder.as_posix(), file=f"labels{number}.csv")
+        job["rows"] = page[["path", "text", "confidence", "others", "image"]].to_dict("records")
+        text = json.dumps(job, ensure_ascii=False).replace("<", "\\u003c")  # no tag ends the script
+        written.append(Path(REPORT_DIR) / f"check{number}.html")
+        with whole_file(written[-1]) as temporary:
+            temporary.write_text(CHECK.replace("JOB", text), encoding="utf-8")
+    return written
 
 
 # --------------------------------------------------------------------------------------------------
@@ -206,11 +304,8 @@ def summary(rows):
     """Shares that tell one kind of error from another, as a dict of texts."""
     label, prediction = rows.label, rows.prediction
     found = [edit for pair in zip(label, prediction) for edit in edits(*pair)]
-    doubled = label.map(lambda text: any(a == b for a, b in zip(text, text[1:])))
     fold = crnn.fold_lookalikes
-    characters, text = max(1, label.str.len().sum()), "".join(label)
-    signs = sum(not c.isalnum() and c != " " for c in text)
-    wrong_signs = sum(bool(a) and not a.isalnum() and a != " " for a, _ in found)
+    characters, spaces = max(1, label.str.len().sum()), label.str.count(" ").sum()
 
     def share(right):
         return f"{right.mean():.1%} of {len(right):,}" if len(right) else "none"
@@ -219,14 +314,12 @@ def summary(rows):
         "exact match": share(label == prediction),
         "exact match but for case": share(label.str.lower() == prediction.str.lower()),
         "exact match, look-alikes folded": share(label.map(fold) == prediction.map(fold)),
-        "exact match of lines with doubled characters": share((label == prediction)[doubled]),
         "character error rate": f"{len(found) / characters:.2%} of {characters:,} characters",
         "characters read as another": f"{sum(bool(a and b) for a, b in found):,}",
         "characters read where there is none": f"{sum(not a for a, _ in found):,}",
         "characters not read": f"{sum(not b for _, b in found):,}",
         "errors that are only of case": f"{sum(a.lower() == b.lower() for a, b in found):,}",
-        "spaces lost or invented": f"{sum(' ' in edit for edit in found):,} of {text.count(' '):,}",
-        "errors in punctuation and signs": f"{wrong_signs:,} among {signs:,}",
+        "spaces lost or invented": f"{sum(' ' in edit for edit in found):,} of {spaces:,}",
         "calibration error": f"{crnn.calibration_error(rows.confidence, label == prediction):.1%}",
     }
 
@@ -309,8 +402,6 @@ def write_report(rows):
     import pandas as pd
 
     confused = Counter(e for pair in zip(rows.label, rows.prediction) for e in edits(*pair))
-    lengths = rows.label.str.len().map(lambda n: f"{1 if n == 1 else (n - 2) // 4 * 4 + 2:2}+")
-    by_length = crnn.score_table(rows.assign(length=lengths), "length")
     shown = {"": "(nothing)", " ": "(space)"}
     errors = [(shown.get(a, a), shown.get(b, b), n) for (a, b), n in confused.most_common(25)]
     percent = dict.fromkeys(["exact", "CER", "folded"], "{:.1%}".format)
@@ -319,7 +410,6 @@ def write_report(rows):
     sections = {
         "All": table(pd.Series(summary(rows), name="how often").to_frame()),
         "By source": table(crnn.score_table(rows)),
-        "By length, characters": table(by_length),
         "The most frequent errors": table(pd.DataFrame(errors, columns=["label", "read", "times"])),
         "Which characters are confused": embedded(plot(plot_confusions, confused)),
         "What confidence is worth": embedded(plot(plot_confidence, rows, columns=2, size=(11, 4))),
@@ -378,6 +468,10 @@ def main(arguments=()):
         if REPORT_DIR:
             write_report(labelled)
             print(f"report: {Path(REPORT_DIR).as_posix()}/index.html")
+    bare = rows[rows.label == ""]
+    if len(bare) and REPORT_DIR:
+        pages = " ".join(path.as_posix() for path in write_check(bare))
+        print(f"to correct and learn from, in a browser: {pages}")
     unsure = (rows.confidence < MIN_CONFIDENCE).sum()
     print(f"{len(rows):,} images read, {unsure:,} below MIN_CONFIDENCE = {MIN_CONFIDENCE}")
     print(f"{skipped:,} skipped; all in {PREDICTIONS_CSV}")
