@@ -287,13 +287,16 @@ class CRNN(nn.Module):
     """CNN, LSTM in both directions, and a linear layer, after Shi et al. 2015 (arXiv:1507.05717).
 
     Much leaner than theirs: strided convolutions instead of full-size layers and pooling, one LSTM
-    layer. It owns its charset and its calibration, so that no one can pair it with another's.
+    layer. Where the height is gone and a weight costs least stand residual blocks (He et al. 2015,
+    arXiv:1512.03385), each a convolution over three frames. It owns its charset and calibration, so
+    that no one can pair it with another's.
     """
 
-    def __init__(self, charset, channels=(32, 64, 96, 192), hidden=192, dropout=0.0):
+    def __init__(self, charset, channels=(32, 64, 96, 192), hidden=192, dropout=0.0, blocks=0):
         super().__init__()
         self.charset, self.calibration, self.facts = charset, UNCALIBRATED, {}
-        self.architecture = dict(channels=list(channels), hidden=hidden, dropout=dropout)
+        shape = dict(channels=list(channels), hidden=hidden, dropout=dropout, blocks=blocks)
+        self.architecture = shape
         a, b, c, features = channels
         plan = [  # in, out, kernel, stride (rows, columns), padding
             (1, a, 3, (2, 2), 1),
@@ -303,10 +306,13 @@ class CRNN(nn.Module):
             (b, c, 3, (2, 1), 1),
             (c, c, 3, (1, 1), 1),
             (c, features, (HEIGHT // 8, 1), (1, 1), 0),  # all remaining rows at once
+            *[(features, features, (1, 3), (1, 1), (0, 1))] * blocks,
         ]
         convolutions = [nn.Conv2d(i, o, k, s, p, bias=False) for i, o, k, s, p in plan]
         self.convolutions = nn.ModuleList(convolutions)
         self.norms = nn.ModuleList(nn.BatchNorm2d(conv.out_channels) for conv in convolutions)
+        for norm in self.norms[len(plan) - blocks :]:  # a new block changes nothing
+            nn.init.zeros_(norm.weight)
         self.dropout = nn.Dropout(dropout)
         self.forth, self.back = nn.LSTM(features, hidden), nn.LSTM(features, hidden)
         self.linear = nn.Linear(2 * hidden, charset.num_classes)
@@ -318,7 +324,9 @@ class CRNN(nn.Module):
         padded = widths is not None and bool((widths < ink.shape[3]).any())
         for conv, norm in zip(self.convolutions, self.norms):
             # (N, 1, 32, W) -> (N, a, 16, W/2) -> (N, b, 8, W/4) -> (N, c, 4, W/4) -> (N, D, 1, W/4)
-            x = norm(conv(x))
+            before, x = x, norm(conv(x))
+            if conv.kernel_size == (1, 3):
+                x = x.add_(before)  # (N, D, 1, W/4)
             if padded:  # back to paper, or a line would read otherwise beside a wider one
                 widths = (widths + conv.stride[1] - 1) // conv.stride[1]  # in columns of this layer
                 inside = torch.arange(x.shape[3], device=x.device) < widths[:, None].to(x.device)

@@ -143,15 +143,29 @@ GRAMMAR = {
     "#{n}  #000{n}  {n} 000  000 000 {n}  00 00 00  0000 0000 0000  No. {n}  {n}/{n}  {n}x{n}  "
     "{n} kg",
     "code": "{group}  {group}{dash}{group}  {group}{dash}{group}{dash}{group}  {group} {group}",
-    "amount": "{price}  {price}  {n},{price}  -{price}  ${price}  RM{price}  {price} EUR  "
-    "$ {price}  {price}T  {price} SR  {n} X {price}  {d} @ {price}  @{price}  {d}.00%  ({price})",
-    "bill": "{due}  {due}:  {due} :  {due} {price}  {due}: {price}  {due} ($)  {due} {d}%  "
-    "{date} {time}  {noted}  {noted}: {digits}  {noted} #{n}  {noted} : {n}  Tel: 00-0000 0000",
+    "amount": "{price}  {price}  {price}  {d}.00  0.00  {n},{price}  -{price}  ${price}  "
+    "RM{price}  {price} EUR  $ {price}  {price}T  {price} SR  {n} X {price}  {d} @ {price}  "
+    "@{price}  {d}.00%  ({price})  {d} x {price}  {price} *  {price} {A}  {d}pc @ {price}  "
+    "{price} RM",
+    "bill": "{due}  {due}:  {due} :  {due} {price}  {due}: {price}  {due} ($)  {due} @{d}%  "
+    "{said}  {date} {time}  {noted}  {noted}: {digits}  {noted} #{n}  {noted} : {n}  "
+    "Tel: 00-0000 0000  {noted} :  : {n}  : {WORD}  {said}:  {due} (RM)  {due} {said}  "
+    "TEL NO: 00-000 0000  *{said}*  {noted}: {A}{A}-000000  {said} :  Date: {date}  Time: {time}  "
+    "{time} {A}{A}00  {A}{A}00000000",
     "due": "TOTAL  Total  Subtotal  CASH  Cash  Change  BALANCE  Discount  Amount Due  Rounding  "
-    "QTY  Price  Tip  Grand Total  Net  Amount  Items  Refund  VAT  GST  TAX  Sales Tax  Service",
-    "noted": "Invoice No  INVOICE  Receipt No.  Ref  Bill  REF.  Table  Cashier  Desk  A/C",
+    "QTY  Price  Tip  Grand Total  Net  Amount  Items  Refund  VAT  GST  TAX  Sales Tax  Service  "
+    "Total Qty  Item(s)  Qty(s)  SUB-TOTAL  Change Due  Paid Amount  Service Charge  "
+    "Total Incl. GST",
+    "noted": "Invoice No  INVOICE  Receipt No.  Ref  Bill  REF.  Table  Cashier  Desk  A/C  "
+    "Doc No.  NO.  No.  Inv No  Order#  GST NO  Reg No.  TEL  Station  Salesperson  Member ID  "
+    "TERMINAL",
+    "said": "TAX INVOICE  Tax Invoice  THANK YOU  Thank You  Please come again  Description  "
+    "DESC  U/P  Item  Customer  {WORD}/{WORD}  GST SUMMARY  Tax Summary  Rounding Adj  CASH SALE  "
+    "Date  Goods sold are not  Signature  Member Points  {Word} {Word}  AMT  Amt  (RM)  ({Word})",
     "firm": "{WORD} {WORD}  {WORD} & {WORD}  {WORD} {WORD} LTD.  THE {WORD}  {n}, {WORD} ROAD,  "
-    "00000 {WORD}, {WORD}  {d}/{n}-B, {WORD}  {WORD} {n}ML  {n} {WORD}  [KG] {WORD} {n}X{n}G",
+    "00000 {WORD}, {WORD}  {d}/{n}-B, {WORD}  {WORD} {n}ML  {n} {WORD}  [KG] {WORD} {n}X{n}G  "
+    "NO. {n}, {WORD} {d}/{n},  {A}{A} {d}{A} {WORD}  {WORD} 00{A} {n}  {WORD},  {Word} {Word}  "
+    "{A}{A} 000000000 - {Word}  ({WORD})  ({d}000000-{A})  {WORD} (000)",
     "sign": "{WORD}  {WORD}  {WORD}  {WORD}  {WORD}  {WORD}  {WORD}  {Word}  {Word}  {word}  {n}  "
     "{WORD}!  {WORD} {n}  ${price}  {n}%  {d}0% OFF  {time}  {d}am-{d}pm  {Word}.com  {Word}'s",
     "math": "{sum}  {sum}  {sum}  {sum}  {sum}  ({sum})  [{sum}]  {{sum}}  {cut}  {cut}  {cut}  "
@@ -185,7 +199,8 @@ GRAMMAR = {
     "{d}π  π  ({v}·+·{num})  ({v}·-·{num})  -{num}  {num}/{num}  ±{num}  {num}%  {function}  {V}  "
     "{v}{v}  ({side})  {d}({side})",
     "num": "{d}  0  {d}0  {d}00  {d}0.00  0.00  00.0  {d},0  0,00  {d},000  .0",
-    "v": "x  x  y  z  a  b  c  d  f  g  h  i  j  k  m  n  n  p  q  r  s  t  u  v  w",
+    "v": "x  x  x  x  x  x  y  y  y  z  z  a  a  a  b  b  c  c  n  n  n  i  k  k  m  d  f  g  h  "
+    "j  p  q  r  s  t  u  v  w",
     "V": "A  B  C  E  F  G  H  L  M  N  P  R  S  T  V  X  Y",
     "f": "f  f  g  h  F  P",
     "fn": "sin  cos  tan  log  ln  lim  cot  exp  min",
@@ -221,7 +236,7 @@ TERMINALS = {
 MIXES = {  # of the kinds of text, with their weights
     "printed": dict(words=28, made_up=8, doubled=5, name=6, item=6, punctuated=12, number=14)
     | dict(code=8, string=7, single=8, look_alikes=3),
-    "by hand": dict(words=30, made_up=9, doubled=4, name=6, item=4, punctuated=10, number=13)
+    "by hand": dict(words=30, made_up=14, doubled=4, name=6, item=4, punctuated=10, number=13)
     | dict(math=12, code=5, string=4, single=7),
     "written": dict(written=1),
     "emnist": dict(letters=42, number=22, mixed=12, code=12, words=7, name=5),
@@ -316,6 +331,8 @@ OVERLAP = {"O0": 0.5, "Il": 0.72, "I|": 0.72, "l|": 0.72, "1l": 0.72, "1I": 0.72
 FIELDS = "path kind family characters doubtful held_out size lender borrowed"
 Font = namedtuple("Font", FIELDS, defaults=[False, 0, "", ""])
 
+
+SPACES = [1.7] * 9 + [6]  # how wide they are at most, in those of the font: columns are far apart
 
 # A font file at a size in pixels; in the basic layout, since every text is shaped twice
 typeface = lru_cache(8192)(partial(ImageFont.truetype, layout_engine=ImageFont.Layout.BASIC))
@@ -447,7 +464,7 @@ def typed(text, font, split):
     size, lender = font.size, font.lender or font.path
     own, other = typeface(font.path, size), typeface(lender, size)
     ascent, descent = own.getmetrics()
-    gap, space = choice([0, 0, 0, 1, 2, size // 12]), uniform(1, 1.7)
+    gap, space = choice([0, 0, 0, 1, 2, size // 12]), uniform(1, choice(SPACES))
     canvas = Image.new("L", ((2 * len(text) + 4) * size, 5 * size))
     draw, x, baseline = ImageDraw.Draw(canvas), 2.0 * size, 3 * size
     # Runs of characters, with the font's kerning, or one by one with a gap.
@@ -494,7 +511,7 @@ def trdg(text, font, split):
     """A text as TRDG sets it: ink (H, W), its word and character spacing at random."""
     if set(text) & set(font.borrowed):
         return typed(text, font, split)  # TRDG takes one font for a line
-    gap, space = choice([0, 0, 1, 2, font.size // 12]), uniform(1, 1.7)
+    gap, space = choice([0, 0, 1, 2, font.size // 12]), uniform(1, choice(SPACES))
     layout = dict(orientation=0, space_width=space, character_spacing=gap, fit=False)
     layout["word_split"] = chance(0.9)
     line = f" {text} "  # room for what reaches beyond the first and the last character
@@ -533,9 +550,10 @@ PLACES = {c: PLACES.get(next((g for g in PLACES if c in g), ""), CAPITAL) for c 
 # One person's way to write: lengths in parts of a capital's height, which is in pixels; slant in
 # columns per row; looseness is how much sizes, places and spaces vary; spacing < 0: they touch.
 # writer: samples of each label, of one person or, for whole texts, of all, see People; wide: how
-# much strokes are stretched
-FIELDS = "capital stroke slant looseness spacing settings writer wide"
-Hand = namedtuple("Hand", FIELDS, defaults=[None, 1])
+# much strokes are stretched; joined: whether the letters of a word hang together; point: how high a
+# point stands, since some write it in the middle, as between factors
+FIELDS = "capital stroke slant looseness spacing settings writer wide joined point"
+Hand = namedtuple("Hand", FIELDS, defaults=[None, 1, False, 0])
 
 # All steps between points (points, 2), and of each sample where its points begin, how many each of
 # its strokes has, its writer's name, and its label
@@ -644,27 +662,34 @@ def pick_text_writer(kind, label, alone, names, split, settings):
 def as_written(writer, split, settings):
     """A Hand that writes with these samples, a pen of any width; training rows lean and stretch."""
     wide, slant = (2 ** uniform(-0.5, 0.4), gauss(0, 0.15)) if split == "train" else (1, 0)
-    looseness, spacing = uniform(0, 0.06), uniform(*choice([(-0.08, 0.1), (0, 0.35), (0.1, 0.6)]))
+    looseness = uniform(*choice([(0, 0.06), (0, 0.15)]))
+    spacing = uniform(*choice([(-0.08, 0.1), (0, 0.35), (0.1, 0.6)]))
     stroke = choice([uniform(0.04, 0.07), uniform(0.05, 0.11)])
-    return Hand(randint(20, 34), stroke, slant, looseness, spacing, settings, writer, wide)
+    shape = settings, writer, wide, chance(0.4), choice([0, 0, 0, 0, 0.4])
+    return Hand(randint(20, 34), stroke, slant, looseness, spacing, *shape)
 
 
 def composed(text, hand, split):
     """Characters of a hand, and signs of anybody, set side by side as it would: ink (H, W)."""
     capital, baseline = hand.capital, 3 * hand.capital
     canvas, x = np.zeros((5 * capital, capital * (3 * len(text) + 6)), np.uint8), 2 * capital
+    left_off = None  # where the pen was after the last letter of a joined hand, (x, y)
     for c in text:
         if c == " ":
             x += round(capital * (uniform(0.5, 0.9) + max(0, hand.spacing)))
+            left_off = None
             continue
         by_emnist = c in ALPHANUMERIC and not hand.writer
         found = (character if by_emnist else stroked)(c, hand, split)
         if found is None:
             return None
-        glyph, below = found
+        glyph, below, ends = found
         y = baseline + below - len(glyph)
         part = canvas[y : y + len(glyph), x : x + glyph.shape[1]]
         np.maximum(part, glyph, out=part)
+        if left_off is not None and c in LOWER:
+            join(canvas, left_off, ends[0] + (x, y), hand)
+        left_off = ends[1] + (x, y) if hand.joined and c in UPPER + LOWER else None
         # What touches a point or a dash would hide it.
         gap = hand.spacing if c in ALPHANUMERIC else max(hand.spacing, 0.15)
         x += max(2, round(glyph.shape[1] + capital * (gap + gauss(0, hand.looseness))))
@@ -672,8 +697,21 @@ def composed(text, hand, split):
     return line_box(canvas, top, bottom, capital // 3)
 
 
+def join(canvas, start, end, hand):
+    """Lead the pen from the end of a letter to the start of the next: low at first, then up."""
+    low = np.array([start[0] / 2 + end[0] / 2, max(start[1], end[1])])
+    t = np.linspace(0, 1, 9)[:, None]
+    path = (1 - t) ** 2 * start + 2 * t * (1 - t) * low + t**2 * end  # (9, 2)
+    width = max(1, round(hand.stroke * hand.capital))
+    path = np.round(16 * path).astype(np.int32)
+    cv2.polylines(canvas, [path], False, 255, width, cv2.LINE_AA, shift=4)
+
+
 def character(c, hand, split):
-    """The EMNIST image of several that suits a hand best, uint8 (h, w), and its depth in pixels."""
+    """The EMNIST image of several that suits a hand best, uint8 (h, w), its depth in pixels, None.
+
+    As stroked(), which returns the ends of the pen's way for the latter.
+    """
     images, measures = emnist_class(hand.settings, split, c)
     if not len(images):
         return None
@@ -688,11 +726,11 @@ def character(c, hand, split):
     scale = hand.capital * size * gauss(1, hand.looseness) / len(glyph)
     width, height = max(1, round(glyph.shape[1] * scale)), max(4, round(len(glyph) * scale))
     depth = hand.capital * (part * size - rise + gauss(0, hand.looseness))
-    return cv2.resize(glyph, (width, height), interpolation=cv2.INTER_CUBIC), round(depth)
+    return cv2.resize(glyph, (width, height), interpolation=cv2.INTER_CUBIC), round(depth), None
 
 
 def stroked(c, hand, split):
-    """A character of the hand's writer, or a sign of anybody, in strokes: as character()."""
+    """A character of the hand's writer, or a sign of anybody: as character(), and its ends."""
     samples = own = (hand.writer or {}).get(c)
     if not own:
         able = [writer for writer in random.choices(people(split).writers, k=200) if c in writer]
@@ -702,16 +740,21 @@ def stroked(c, hand, split):
     strokes = strokes_of(choice(samples))
     width, height = np.ptp(np.concatenate(strokes), axis=0)
     part, rise, least, most = PLACES[c]
+    rise = max(rise, hand.point) if c == "." else rise
     size = max(1, height if c in ALPHANUMERIC else max(width, height))
     # What is somebody else's has no size in this hand; detexify's signs all have one.
     tall = min(max(size / 128, least), most) if own else uniform(least, most)
     scale = hand.capital * tall * gauss(1, hand.looseness) / size
     depth = part * scale * height - hand.capital * (rise + gauss(0, hand.looseness))
-    return traced(strokes, scale, hand), round(depth + hand.stroke * hand.capital / 2)
+    glyph, ends = traced(strokes, scale, hand)
+    return glyph, round(depth + hand.stroke * hand.capital / 2), ends
 
 
 def traced(strokes, scale, hand):
-    """Strokes as a round pen draws them, uint8 (h, w), tight around the ink."""
+    """Strokes as a round pen draws them, uint8 (h, w), tight around the ink, and its ends, (2, 2).
+
+    It leaves off where the longest stroke ends: dots and bars come later, when a word is done.
+    """
     width = max(2, round(2 * hand.stroke * hand.capital))  # twice as large first, to be smooth
     # Not as a product of matrices, whose last bit is another on another processor
     lines = [np.stack([hand.wide * x - hand.slant * y, y], 1) for x, y in (s.T for s in strokes)]
@@ -722,13 +765,15 @@ def traced(strokes, scale, hand):
     for line in lines:  # in sixteenths of a pixel; a dot is a line to itself
         path = np.round(16 * (np.concatenate([line, line[-1:]]) - low + width // 2 + 1))
         cv2.polylines(glyph, [path.astype(np.int32)], False, 255, width, cv2.LINE_AA, shift=4)
-    return cv2.resize(glyph, (size // 2).tolist(), interpolation=cv2.INTER_AREA)
+    ends = np.stack([lines[0][0], max(lines, key=len)[-1]])  # (2, 2)
+    glyph = cv2.resize(glyph, (size // 2).tolist(), interpolation=cv2.INTER_AREA)
+    return glyph, (ends - low + width // 2 + 1) / 2
 
 
 def retraced(text, hand, split):
     """A word or text as somebody has written it: ink (H, W)."""
     strokes = strokes_of(choice(hand.writer[text]))
-    glyph = traced(strokes, 1.3 * hand.capital / 128, hand)
+    glyph, _ = traced(strokes, 1.3 * hand.capital / 128, hand)
     return np.pad(glyph, hand.capital // 4).astype(np.float32) / 255
 
 
@@ -831,7 +876,7 @@ def room(ink, least=0.0, most=0.25):
     return np.pad(ink, ((top, bottom), (left, right)))
 
 
-def closely(ink, least=-0.02, most=0.15, share=1.0):
+def closely(ink, least=-0.05, most=0.15, share=1.0):
     """Cut out near the ink or, on some sides, a little into it."""
     top, bottom, left, right = ink_box(ink, 0.15)
     line = bottom - top
@@ -926,8 +971,10 @@ def bold(ink, size=(0.04, 0.08), share=1.0):
     return cv2.dilate(ink, ball) if chance(share) else ink
 
 
-def pressed(ink):
-    """By pen: pressure that varies along the line."""
+def pressed(ink, share=1.0):
+    """By pen: pressure that varies along the line; or a head that heats unevenly."""
+    if not chance(share):
+        return ink
     thin, thick = (change(ink, np.ones((2, 2), np.uint8)) for change in (cv2.erode, cv2.dilate))
     pressure = clouds(ink.shape, 4) * uniform(0.3, 1)
     light, heavy = 0.4 * ink + 0.6 * thin, ink + (pressure - 0.35) * (thick - ink)
@@ -951,7 +998,7 @@ def lettered(ink):
 def curved(ink, bend=2.0):
     """On an arc of up to so many radians, no taller than it can be read; up or down, and tilted."""
     (h, w), up = ink.shape, choice([1, -1])
-    lean, bend = np.radians(uniform(-8, 8)), bend * uniform(0.2, 1)
+    lean, bend = np.radians(gauss(0, 6 * bend)), bend * uniform(0.2, 1)
     bend = min(bend, 0.8 * w / h, 4 * h / w) + 0.01
     radius, angles = w / bend, lean + bend * np.linspace(-0.5, 0.5, 25)
     rim = -1j * np.outer([radius - h / 2, radius + h / 2], np.exp(1j * angles))
@@ -984,8 +1031,9 @@ def snapped(ink):
     return cv2.filter2D(ink, -1, kernel / kernel.sum())
 
 
-def faded(ink, patches=4, least=0.65, grain=0.0, dead=0.0):
+def faded(ink, patches=4, least=0.3, grain=0.0, dead=0.0):
     """Unevenly inked; grain: only where the paper takes it; dead: share of rows left out."""
+    least = uniform(least, 1)
     ink = ink * (least + (1 - least) * clouds(ink.shape, patches))
     ink = ink * (1 - uniform(0.4, 1) * grain * generator().random(ink.shape, dtype=np.float32))
     rows = np.where(generator().random((len(ink), 1)) < uniform(0, dead), uniform(0.2, 0.8), 1)
@@ -1059,13 +1107,18 @@ UNEVEN, USED = dict(shade=0.5, patches=(0.3, 1.2)), dict(shade=0.25, patches=(2,
 SNAPSHOT = UNEVEN | dict(dark=(13, 128), light=(140, 250), grain=(2, 5, 9), jpeg=(20, 75))
 USED |= dict(dark=(13, 102), light=(160, 250), grain=(2, 5, 10, 18))
 PLATE = dict(dark=(0, 130), light=(130, 255), grain=(0, 2, 5), light_on_dark=0.5)
-HEATED = [partial(faded, patches=2, least=0.6, dead=0.15), partial(coarse, rows=(15, 24))]
-WEAVE = partial(faded, patches=14, least=0.45)  # of an inked ribbon
+HEATED = [
+    partial(pressed, share=0.4),
+    partial(faded, patches=2, least=0.2, dead=0.15),
+    partial(coarse, rows=(15, 24)),
+]
+WEAVE = partial(faded, patches=14, least=0.2)  # of an inked ribbon
 PRESS = partial(bold, size=(0, 0.06), share=0.3)
 FRAME = partial(form_lines, share=0.35, numbers=[4])
 PAPER = [neighbours, partial(form_lines, share=0.1, numbers=[1, 2])]
 PAPER += [partial(coarse, rows=(28, 48), ragged=0.6), partial(blur, share=0.5), closely]
-SCANNED = [PRESS, partial(faded, patches=2, least=0.7), partial(room, most=0.15), *PAPER]
+SCANNED = [PRESS, partial(pressed, share=0.3), partial(faded, patches=2, least=0.25)]
+SCANNED += [partial(room, most=0.15), *PAPER]
 SLIP = dict(dark=(0, 170), light=(215, 255), grain=(0, 2, 6), jpeg=(40, 95))
 GROUND = [partial(room, least=0.12), partial(neighbours, aside=True), lettered]
 BOARD, CUT = [PRESS, *GROUND], [closely, busy]

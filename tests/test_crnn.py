@@ -24,8 +24,9 @@ from train_crnn import calibrate
 def small_model(characters=CHARSET):
     """A small network whose norms are as after training, so that padding would leak if it could."""
     torch.manual_seed(0)
-    model = crnn.CRNN(Charset(characters), channels=(8, 16, 24, 32), hidden=16)
+    model = crnn.CRNN(Charset(characters), channels=(8, 16, 24, 32), hidden=16, blocks=2)
     for norm in model.norms:
+        torch.nn.init.normal_(norm.weight, 1, 0.2)
         torch.nn.init.normal_(norm.bias)
         torch.nn.init.normal_(norm.running_mean, 0, 0.1)
     return model.eval()
@@ -218,6 +219,18 @@ def test_a_line_reads_the_same_alone_and_in_a_batch():
         torch.testing.assert_close(together[: frames[i], i], alone[:, 0], atol=2e-5, rtol=1e-4)
     in_batch, one_by_one = read_images(model, images, 4), read_images(model, images, 1)
     assert [r.text for r in in_batch] == [r.text for r in one_by_one]
+
+
+def test_new_blocks_change_nothing():
+    """So that weights which were learned without them can go on learning with them."""
+    torch.manual_seed(0)
+    sizes = dict(channels=(8, 16, 24, 32), hidden=16)
+    plain, grown = (crnn.CRNN(Charset("abc"), **sizes, blocks=n).eval() for n in (0, 3))
+    new = grown.load_state_dict(plain.state_dict(), strict=False)
+    assert not new.unexpected_keys
+    assert {name.split(".")[1] for name in new.missing_keys} == {"7", "8", "9"}
+    ink, widths = torch.rand(2, 1, crnn.HEIGHT, 60), torch.tensor([60, 33])
+    assert torch.equal(plain(ink, widths)[0], grown(ink, widths)[0])
 
 
 def test_the_folded_network_computes_what_training_learned():

@@ -1,5 +1,6 @@
 """The drawn data: honest labels, splits, fonts, EMNIST, what is drawn again, bad input."""
 
+import itertools
 import os
 import random
 import re
@@ -312,7 +313,7 @@ def test_strokes_stand_on_their_line(prepare):
     without_chance(prepare)
     person, feet, tops = hand(prepare, stroke=0.05), {}, {}
     for c in set(prepare.CHARSET) - {" "}:
-        glyph, below = prepare.stroked(c, person, "train")
+        glyph, below, _ = prepare.stroked(c, person, "train")
         assert glyph.max() > 100, c
         feet[c], tops[c] = below / person.capital, (len(glyph) - below) / person.capital
     assert max(tops[c] for c in ".,_") < 0.35 < 0.4 < min(tops[c] for c in "-=+aB5'")
@@ -321,6 +322,22 @@ def test_strokes_stand_on_their_line(prepare):
     assert max(abs(feet[c]) for c in "aceABC123") < 0.12
     assert max(tops[c] for c in "aceno") < 1 < 1.3 < min(tops[c] for c in "B5") + 0.5
     assert prepare.stroked("é", person, "train") is None
+    _, below, _ = prepare.stroked(".", person._replace(point=0.4), "train")
+    assert below / person.capital < -0.3  # as between factors
+
+
+def test_letters_of_a_joined_hand_hang_together(prepare):
+    random.seed(0)
+    without_chance(prepare)
+    writers = [w for w in prepare.people("train").writers if set("num") <= w.keys()][:20]
+    pieces = {True: 0, False: 0}
+    for writer, joined in itertools.product(writers, pieces):
+        person = hand(prepare, stroke=0.06)._replace(writer=writer, joined=joined)
+        for text in ("num", "n m", "num12"):
+            ink = prepare.composed(text, person, "train")
+            there = cv2.connectedComponents((ink > 0.1).astype(np.uint8))[0] - 1
+            pieces[joined] += there
+    assert pieces[True] < pieces[False] - 1.5 * len(writers)
 
 
 def test_a_text_is_composed_of_one_writers_characters(prepare):
