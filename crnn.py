@@ -126,14 +126,16 @@ def load_image(source):
         with open_image(source) as image:
             check_size(image)
             grey = to_grey(ImageOps.exif_transpose(image))
+        check_lines(grey)
         pixels = at_height(grey)
         view = closer_view(pixels)
         if view:
             pixels = at_height(grey, *view)
     except FileNotFoundError:
-        raise InputError(f"{name}: no such file") from None
+        raise InputError(f"{name}: no such file or folder") from None
     except UnidentifiedImageError:
-        raise InputError(f"{name}: not an image in a format that Pillow reads") from None
+        reason = "not an image that Pillow reads; of a PDF, save each line as PNG"
+        raise InputError(f"{name}: {reason}") from None
     except DAMAGED as error:
         raise InputError(f"{name}: cannot be read ({error})") from None
     return torch.from_numpy(pixels)  # (HEIGHT, W)
@@ -167,6 +169,16 @@ def check_size(image):
     # The longer side either way: an image turned by its EXIF tag is tall until it is turned.
     if max(image.size) > MAX_ASPECT * min(image.size):
         raise ValueError(f"{size}: too wide for a line of text, cut it into pieces")
+
+
+def check_lines(grey):
+    """Refuse a large picture of many lines, such as a page, which would be read as none of them."""
+    if min(grey.size) > 1000:
+        ink = dark_on_light(np.asarray(grey.resize((200, 400), Image.Resampling.BOX))) < INK_TONE
+        inked = ink.mean(1) > 0.02  # (400,)
+        lines = np.count_nonzero(inked[1:] > inked[:-1])
+        if lines > 4:
+            raise ValueError(f"some {lines} lines of text: a page, cut its lines out first")
 
 
 def to_grey(image):
@@ -643,7 +655,7 @@ def load_checkpoint(path, device="cpu", learn=False):
     """
     remedy = "run python train_crnn.py first, or set MODEL_PATH (INIT_WEIGHTS) to another"
     if not Path(path).is_file():
-        raise InputError(f"no {path}: {remedy}")
+        raise InputError(f"no {path}: {remedy}, and start in the project's folder")
     try:
         content = torch.load(path, map_location=device, weights_only=True)  # runs no code of it
         if content["format"] != CHECKPOINT_FORMAT:
@@ -667,7 +679,7 @@ def read_labels(csv_path):
     try:
         rows = pd.read_csv(csv_path, dtype=str, keep_default_na=False, encoding="utf-8-sig")
     except FileNotFoundError:
-        remedy = "run python prepare_ocr_dataset.py first, or set DATA_CSV to your own"
+        remedy = "check the path, or run python prepare_ocr_dataset.py for datasets/data.csv"
         raise InputError(f"no {csv_path}: {remedy}") from None
     except (ValueError, OSError) as error:  # pandas' own errors are ValueErrors
         reason = str(error).strip().replace("\n", " ")
