@@ -172,12 +172,12 @@ def check_size(image):
 
 
 def check_lines(grey):
-    """Refuse a large picture of many lines, such as a page, which would be read as none of them."""
-    if min(grey.size) > 1000:
-        ink = dark_on_light(np.asarray(grey.resize((200, 400), Image.Resampling.BOX))) < INK_TONE
-        inked = ink.mean(1) > 0.02  # (400,)
+    """Refuse a large picture of so many lines that it must be a page, squeezed into one of them."""
+    if min(grey.size) > 1000:  # in smaller ones, 10 lines are dots, squares or stripes
+        small = np.asarray(grey.resize((200, 400), Image.Resampling.BOX))  # (400, 200)
+        inked = (dark_on_light(small) < INK_TONE).mean(1) > 0.02  # (400,)
         lines = np.count_nonzero(inked[1:] > inked[:-1])
-        if lines > 4:
+        if lines > 10:
             raise ValueError(f"some {lines} lines of text: a page, cut its lines out first")
 
 
@@ -337,7 +337,7 @@ class CRNN(nn.Module):
         for conv, norm in zip(self.convolutions, self.norms):
             # (N, 1, 32, W) -> (N, a, 16, W/2) -> (N, b, 8, W/4) -> (N, c, 4, W/4) -> (N, D, 1, W/4)
             before, x = x, norm(conv(x))
-            if conv.kernel_size == (1, 3):
+            if conv.kernel_size == (1, 3):  # a residual block
                 x = x.add_(before)  # (N, D, 1, W/4)
             if padded:  # back to paper, or a line would read otherwise beside a wider one
                 widths = (widths + conv.stride[1] - 1) // conv.stride[1]  # in columns of this layer
@@ -655,7 +655,7 @@ def load_checkpoint(path, device="cpu", learn=False):
     """
     remedy = "run python train_crnn.py first, or set MODEL_PATH (INIT_WEIGHTS) to another"
     if not Path(path).is_file():
-        raise InputError(f"no {path}: {remedy}, and start in the project's folder")
+        raise InputError(f"no {path}: {remedy}, or start in the project's folder")
     try:
         content = torch.load(path, map_location=device, weights_only=True)  # runs no code of it
         if content["format"] != CHECKPOINT_FORMAT:

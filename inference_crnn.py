@@ -26,6 +26,7 @@ from pathlib import Path
 import torch
 from PIL import Image, ImageOps
 from rapidfuzz.distance import Levenshtein
+from tqdm import tqdm
 
 import crnn
 from crnn import InputError, load_checkpoint, whole_file
@@ -178,8 +179,8 @@ def write_results(part):
     rows = []
     with open(part, encoding="utf-8") as file:  # line by line, since characters take much memory
         for record in map(json.loads, file):
-            found = enumerate(c["alternatives"] for c in record.get("characters", ()))
-            others = {place: [c for c, _ in pairs] for place, pairs in found if pairs}
+            others = [c["alternatives"] for c in record.get("characters", ())]
+            others = ["".join(c for c, _ in pairs) for pairs in others]
             rows.append([*map(record.get, columns), others])
     table = pd.DataFrame(rows, columns=[*columns, "others"])
     skipped = table.confidence.isna()
@@ -212,45 +213,54 @@ pre * { display: block; font: inherit; min-width: 1ch } .checked { border-left: 
 <small>Enter: checked, to the next. A click on a character below a doubtful one takes it.</small>
 </header><main id=rows></main><script id=job type=application/json>JOB</script><script>
 const find = id => document.getElementById(id), job = JSON.parse(find("job").textContent)
-const key = job.folder + job.file, kept = JSON.parse(localStorage.getItem(key) || "{}")
+const load = () => JSON.parse(localStorage.getItem(job.folder) || "{}")  // path: text, or null
 const make = (to, kind, facts) => to.appendChild(Object.assign(document.createElement(kind), facts))
-function keep(row, text) {  // null: not readable
-  localStorage.setItem(key, JSON.stringify(Object.assign(kept, { [row.path]: text })))
+let kept = load()
+function keep(row) {
+  kept = { ...load(), [row.path]: row.bad.checked ? null : row.field.value }
+  localStorage.setItem(job.folder, JSON.stringify(kept))
   show(row)
+  count()
 }
 function show(row) {
   row.part.classList.toggle("checked", row.path in kept)
-  row.part.classList.toggle("unreadable", kept[row.path] === null)
-  find("count").textContent = `${Object.keys(kept).length} of ${job.rows.length} checked`
+  row.part.classList.toggle("unreadable", row.bad.checked)
+  row.line.inert = [...row.field.value].length != [...row.text].length  // no longer its places
+}
+function count() {
+  const checked = job.rows.filter(row => row.path in kept).length
+  find("count").textContent = `${checked} of ${job.rows.length} checked`
 }
 for (const row of job.rows) {
-  const part = row.part = make(find("rows"), "section"), text = kept[row.path] ?? row.text
-  make(part, "img", { src: row.image, loading: "lazy" })
-  const field = make(part, "input", { className: "field", value: text, spellcheck: false })
-  const line = make(part, "pre"), label = make(part, "label")
+  const part = row.part = make(find("rows"), "section"), value = kept[row.path] ?? row.text
+  make(part, "img", { src: row.image })
+  const field = row.field = make(part, "input", { className: "field", value, spellcheck: false })
+  const line = row.line = make(part, "pre"), label = make(part, "label")
   for (const [i, read] of [...row.text].entries()) {
-    const place = make(line, "span"), others = row.others[i] || []
+    const place = make(line, "span"), others = [...row.others[i]]
     make(place, others.length ? "mark" : "span", { textContent: read })
     for (const other of others) make(place, "button", { textContent: other }).onclick = () => {
       field.value = [...field.value].with(i, other).join("")
       field.oninput()
     }
   }
-  const bad = make(label, "input", { type: "checkbox", checked: kept[row.path] === null })
+  row.bad = make(label, "input", { type: "checkbox", checked: kept[row.path] === null })
   make(label, "small", { textContent: ` not readable. ${row.path}, confidence ${row.confidence}` })
-  bad.onchange = () => keep(row, bad.checked ? null : field.value)
-  field.oninput = bad.onchange
+  row.bad.onchange = () => keep(row)
+  field.oninput = () => keep(row, row.bad.checked = false)
   field.onkeydown = event => {
     if (event.key != "Enter") return
-    bad.onchange()
+    keep(row)
     part.nextElementSibling?.querySelector("input").focus()
   }
-  show(row)
 }
+job.rows.forEach(show)
+count()
 find("folder").textContent = `${job.folder}/${job.file}`
 find("save").onclick = () => {
-  const rows = [["image_path", "label"], ...Object.entries(kept).filter(pair => pair[1])]
-  const lines = rows.map(pair => pair.map(text => `"${text.replaceAll('"', '""')}"`) + "\\n")
+  const rows = job.rows.filter(row => kept[row.path]).map(row => [row.path, kept[row.path]])
+  const quoted = text => `"${text.replaceAll('"', '""')}"`
+  const lines = [["image_path", "label"], ...rows].map(pair => pair.map(quoted) + "\\n")
   const href = URL.createObjectURL(new Blob(lines, { type: "text/csv" }))
   make(document.body, "a", { href, download: job.file }).click()
 }
@@ -258,34 +268,37 @@ find("save").onclick = () => {
 
 
 def thumbnail(path):
-    """A small picture of an image, as a data URL."""
+    """A small picture of an image, dark where the network sees ink, as a data URL."""
     with Image.open(path) as image:
-        image = ImageOps.exif_transpose(image).convert("RGB")
-    image.thumbnail((700, 64))
+        grey = crnn.to_grey(ImageOps.exif_transpose(image))
+    grey.thumbnail((1400, 64))
     memory = io.BytesIO()
-    image.save(memory, "JPEG", quality=75)
+    grey.save(memory, "JPEG", quality=75)
     return f"data:image/jpeg;base64,{base64.b64encode(memory.getvalue()).decode()}"
 
 
 def write_check(rows):
-    """Pages in REPORT_DIR to correct readings in, the least sure first. Returns their paths."""
-    paths, written = [Path(os.path.abspath(path)) for path in rows.image_path], []
-    folder = Path(os.path.commonpath([path.parent for path in paths]))
+    """Write pages to correct readings in, the least sure first. Returns the path of the first."""
+    paths = [Path(os.path.abspath(path)) for path in rows.image_path]
+    if len({path.drive for path in paths}) > 1:
+        raise InputError("images on two drives: name one drive's at a time, or REPORT_DIR = None")
+    folder, report = Path(os.path.commonpath([path.parent for path in paths])), Path(REPORT_DIR)
     rows = rows.assign(path=paths).sort_values("confidence", kind="stable")
-    for start in range(0, len(rows), CHECKED_AT_ONCE):
-        page = rows[start : start + CHECKED_AT_ONCE]
-        number = f"_{len(written) + 1}" * (len(rows) > CHECKED_AT_ONCE)
+    for former in report.glob("check*.html"):
+        former.unlink()
+    for number, start in enumerate(range(0, len(rows), CHECKED_AT_ONCE)):
+        page, more = rows[start : start + CHECKED_AT_ONCE], f"_{number + 1}" * bool(number)
         with ThreadPoolExecutor(NUM_THREADS) as threads:
-            images = list(threads.map(thumbnail, page.path))
+            images = threads.map(thumbnail, page.path)
+            images = list(tqdm(images, "check.html", len(page), unit="img", disable=None))
         names = [path.relative_to(folder).as_posix() for path in page.path]
         page = page.assign(path=names, text=page.prediction, image=images).round({"confidence": 2})
-        job = dict(folder=folder.as_posix(), file=f"labels{number}.csv")
+        job = dict(folder=folder.as_posix(), file=f"labels{more}.csv")
         job["rows"] = page[["path", "text", "confidence", "others", "image"]].to_dict("records")
         text = json.dumps(job, ensure_ascii=False).replace("<", "\\u003c")  # no tag ends the script
-        written.append(Path(REPORT_DIR) / f"check{number}.html")
-        with whole_file(written[-1]) as temporary:
+        with whole_file(report / f"check{more}.html") as temporary:
             temporary.write_text(CHECK.replace("JOB", text), encoding="utf-8")
-    return written
+    return report / "check.html"
 
 
 # --------------------------------------------------------------------------------------------------
@@ -324,22 +337,14 @@ def summary(rows):
     }
 
 
-def plot_confusions(confused, axes, most=30):
-    """The characters that are confused most: a row for the label, a column for what was read."""
-    weight = Counter()
-    for pair, number in confused.items():
-        weight.update(dict.fromkeys(pair, number))
-    shown = sorted(c for c, _ in weight.most_common(most))
-    axes.imshow([[confused[a, b] for b in shown] for a in shown] or [[0]], cmap="Blues")
-    names = [{"": "∅", " ": "␣"}.get(c, c) for c in shown]
-    axes.set(xticks=range(len(shown)), yticks=range(len(shown)), title="errors by character")
-    axes.set(xlabel="read (∅: nothing)", ylabel="label (∅: nothing there)")
-    axes.set_xticklabels(names, parse_math=False)  # a $ is a character here
-    axes.set_yticklabels(names, parse_math=False)
+def plot_confidence(rows):
+    """A png: what checking by hand buys, and whether confidence is the share that is right."""
+    import matplotlib
 
+    matplotlib.use("Agg")  # no window
+    from matplotlib import pyplot
 
-def plot_confidence(rows, curve, reliability):
-    """What checking by hand buys, and whether confidence is the share of right predictions."""
+    figure, (curve, reliability) = pyplot.subplots(1, 2, figsize=(11, 4), layout="constrained")
     ordered = rows.assign(right=rows.label == rows.prediction)
     ordered = ordered.sort_values("confidence", ascending=False, ignore_index=True)
     kept = ordered.index + 1
@@ -355,26 +360,15 @@ def plot_confidence(rows, curve, reliability):
     reliability.plot([0, 1], [0, 1], color="grey", linewidth=1)
     reliability.plot(groups.confidence.mean(), groups.right.mean(), marker="o")
     reliability.set(xlabel="confidence", ylabel="share that is right", title="reliability")
+    memory = io.BytesIO()
+    figure.savefig(memory, format="png", dpi=80)
+    pyplot.close(figure)
+    return memory.getvalue()
 
 
 def embedded(png):
     """An html image that needs no other file."""
     return f'<img alt="" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
-
-
-def plot(draw, *arguments, columns=1, size=(9, 8)):
-    """The png of what draw(*arguments, axes...) plots."""
-    import matplotlib
-
-    matplotlib.use("Agg")  # no window
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(1, columns, figsize=size, layout="constrained", squeeze=False)
-    draw(*arguments, *axes[0])
-    memory = io.BytesIO()
-    figure.savefig(memory, format="png", dpi=80)
-    pyplot.close(figure)
-    return memory.getvalue()
 
 
 def surest_errors(rows, path, most=60):
@@ -411,8 +405,7 @@ def write_report(rows):
         "All": table(pd.Series(summary(rows), name="how often").to_frame()),
         "By source": table(crnn.score_table(rows)),
         "The most frequent errors": table(pd.DataFrame(errors, columns=["label", "read", "times"])),
-        "Which characters are confused": embedded(plot(plot_confusions, confused)),
-        "What confidence is worth": embedded(plot(plot_confidence, rows, columns=2, size=(11, 4))),
+        "What confidence is worth": embedded(plot_confidence(rows)),
         "The surest errors, read in red": embedded(surest_errors(rows, sheet)),
     }
     page = f"{PAGE}<h1>{len(rows):,} labelled images read by {html.escape(str(model_path()))}</h1>"
@@ -470,8 +463,7 @@ def main(arguments=()):
             print(f"report: {Path(REPORT_DIR).as_posix()}/index.html")
     bare = rows[rows.label == ""]
     if len(bare) and REPORT_DIR:
-        pages = " ".join(path.as_posix() for path in write_check(bare))
-        print(f"to correct and learn from, in a browser: {pages}")
+        print(f"to correct them and learn from that: {write_check(bare).as_posix()}")
     unsure = (rows.confidence < MIN_CONFIDENCE).sum()
     print(f"{len(rows):,} images read, {unsure:,} below MIN_CONFIDENCE = {MIN_CONFIDENCE}")
     print(f"{skipped:,} skipped; all in {PREDICTIONS_CSV}")

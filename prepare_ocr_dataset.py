@@ -332,7 +332,7 @@ FIELDS = "path kind family characters doubtful held_out size lender borrowed"
 Font = namedtuple("Font", FIELDS, defaults=[False, 0, "", ""])
 
 
-SPACES = [1.7] * 9 + [6]  # how wide they are at most, in those of the font: columns are far apart
+SPACES = [1.7] * 9 + [6]  # the widest, in the font's own; in one line of ten columns are far apart
 
 # A font file at a size in pixels; in the basic layout, since every text is shaped twice
 typeface = lru_cache(8192)(partial(ImageFont.truetype, layout_engine=ImageFont.Layout.BASIC))
@@ -465,7 +465,8 @@ def typed(text, font, split):
     own, other = typeface(font.path, size), typeface(lender, size)
     ascent, descent = own.getmetrics()
     gap, space = choice([0, 0, 0, 1, 2, size // 12]), uniform(1, choice(SPACES))
-    canvas = Image.new("L", ((2 * len(text) + 4) * size, 5 * size))
+    room = 2 * len(text) + max(SPACES) * text.count(" ") + 4
+    canvas = Image.new("L", (room * size, 5 * size))
     draw, x, baseline = ImageDraw.Draw(canvas), 2.0 * size, 3 * size
     # Runs of characters, with the font's kerning, or one by one with a gap.
     runs = groupby(text, lambda c: (c == " ", c in font.borrowed))
@@ -651,7 +652,11 @@ def pick_writer(kind, label, alone, names, split, settings):
         return None
     needed, some = set(label) & set(ALPHANUMERIC), random.choices(people(split).writers, k=40)
     able = [writer for writer in some if needed <= writer.keys()]
-    return as_written(able[0], split, settings) if able else None
+    if not able:
+        return None
+    hand = as_written(able[0], split, settings)
+    # Size alone tells a lone c from C.
+    return hand._replace(looseness=min(hand.looseness, 0.06)) if alone else hand
 
 
 def pick_text_writer(kind, label, alone, names, split, settings):
@@ -700,7 +705,7 @@ def composed(text, hand, split):
 def join(canvas, start, end, hand):
     """Lead the pen from the end of a letter to the start of the next: low at first, then up."""
     low = np.array([start[0] / 2 + end[0] / 2, max(start[1], end[1])])
-    t = np.linspace(0, 1, 9)[:, None]
+    t = np.linspace(0, 1, 9)[:, None]  # (9, 1)
     path = (1 - t) ** 2 * start + 2 * t * (1 - t) * low + t**2 * end  # (9, 2)
     width = max(1, round(hand.stroke * hand.capital))
     path = np.round(16 * path).astype(np.int32)
@@ -708,9 +713,9 @@ def join(canvas, start, end, hand):
 
 
 def character(c, hand, split):
-    """The EMNIST image of several that suits a hand best, uint8 (h, w), its depth in pixels, None.
+    """The EMNIST image of several that suits a hand best, uint8 (h, w), and its depth in pixels.
 
-    As stroked(), which returns the ends of the pen's way for the latter.
+    Also None, where stroked() has the ends of the pen's way.
     """
     images, measures = emnist_class(hand.settings, split, c)
     if not len(images):
@@ -730,7 +735,7 @@ def character(c, hand, split):
 
 
 def stroked(c, hand, split):
-    """A character of the hand's writer, or a sign of anybody: as character(), and its ends."""
+    """A character of the hand's writer, or a sign of anybody: image, depth and ends, see traced."""
     samples = own = (hand.writer or {}).get(c)
     if not own:
         able = [writer for writer in random.choices(people(split).writers, k=200) if c in writer]
@@ -753,7 +758,7 @@ def stroked(c, hand, split):
 def traced(strokes, scale, hand):
     """Strokes as a round pen draws them, uint8 (h, w), tight around the ink, and its ends, (2, 2).
 
-    It leaves off where the longest stroke ends: dots and bars come later, when a word is done.
+    It leaves off where the stroke of most points ends: dots and bars wait until a word is done.
     """
     width = max(2, round(2 * hand.stroke * hand.capital))  # twice as large first, to be smooth
     # Not as a product of matrices, whose last bit is another on another processor
@@ -876,7 +881,7 @@ def room(ink, least=0.0, most=0.25):
     return np.pad(ink, ((top, bottom), (left, right)))
 
 
-def closely(ink, least=-0.05, most=0.15, share=1.0):
+def closely(ink, least=-0.04, most=0.15, share=1.0):
     """Cut out near the ink or, on some sides, a little into it."""
     top, bottom, left, right = ink_box(ink, 0.15)
     line = bottom - top
@@ -998,7 +1003,8 @@ def lettered(ink):
 def curved(ink, bend=2.0):
     """On an arc of up to so many radians, no taller than it can be read; up or down, and tilted."""
     (h, w), up = ink.shape, choice([1, -1])
-    lean, bend = np.radians(gauss(0, 6 * bend)), bend * uniform(0.2, 1)
+    lean = min(max(np.radians(gauss(0, 6 * bend)), -2 * h / w), 2 * h / w)
+    bend = bend * uniform(0.2, 1)
     bend = min(bend, 0.8 * w / h, 4 * h / w) + 0.01
     radius, angles = w / bend, lean + bend * np.linspace(-0.5, 0.5, 25)
     rim = -1j * np.outer([radius - h / 2, radius + h / 2], np.exp(1j * angles))
@@ -1031,10 +1037,10 @@ def snapped(ink):
     return cv2.filter2D(ink, -1, kernel / kernel.sum())
 
 
-def faded(ink, patches=4, least=0.3, grain=0.0, dead=0.0):
+def faded(ink, patches=4, least=0.5, grain=0.0, dead=0.0):
     """Unevenly inked; grain: only where the paper takes it; dead: share of rows left out."""
-    least = uniform(least, 1)
-    ink = ink * (least + (1 - least) * clouds(ink.shape, patches))
+    faintest = uniform(least, 1)
+    ink = ink * (faintest + (1 - faintest) * clouds(ink.shape, patches))
     ink = ink * (1 - uniform(0.4, 1) * grain * generator().random(ink.shape, dtype=np.float32))
     rows = np.where(generator().random((len(ink), 1)) < uniform(0, dead), uniform(0.2, 0.8), 1)
     columns = np.where(generator().random((1, ink.shape[1])) < 0.15 * dead, 0.3, 1)
@@ -1109,7 +1115,7 @@ USED |= dict(dark=(13, 102), light=(160, 250), grain=(2, 5, 10, 18))
 PLATE = dict(dark=(0, 130), light=(130, 255), grain=(0, 2, 5), light_on_dark=0.5)
 HEATED = [
     partial(pressed, share=0.4),
-    partial(faded, patches=2, least=0.2, dead=0.15),
+    partial(faded, patches=2, least=0.3, dead=0.15),
     partial(coarse, rows=(15, 24)),
 ]
 WEAVE = partial(faded, patches=14, least=0.2)  # of an inked ribbon

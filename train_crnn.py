@@ -43,6 +43,7 @@ MIN_CHARACTER_ROWS = 3  # a rarer character of the training labels is treated as
 FROM_NOTHING = dict(
     channels=(32, 64, 96, 192),  # of the CNN's stages; the last is the number of features per frame
     hidden=192,  # LSTM units in each direction
+    blocks=0,  # residual ones on the features
     matrix_learning_rate=1e-2,  # of Muon, for the matrices of the convolutions and the LSTM
     learning_rate=3e-3,  # of AdamW, for all other weights
     shortcut_weight=0.1,  # of a second CTC loss, on the CNN's features; its head is not kept
@@ -424,7 +425,8 @@ class WithShortcut(nn.Module):
 def starting_model(charset):
     """The network to train: a new one, or that of INIT_WEIGHTS with its weights by character."""
     if not INIT_WEIGHTS:
-        return CRNN(charset, recipe()["channels"], recipe()["hidden"], DROPOUT)
+        sizes = {name: recipe()[name] for name in ("channels", "hidden", "blocks")}
+        return CRNN(charset, dropout=DROPOUT, **sizes)
     start = crnn.load_checkpoint(INIT_WEIGHTS, learn=True)
     model = CRNN(charset, **dict(start.architecture, dropout=DROPOUT))
     weights, known = start.float().state_dict(), start.charset.index

@@ -202,6 +202,15 @@ def test_single_characters_and_blank_paper_stay_what_they_are(text, margin):
     assert crnn.closer_view(crnn.at_height(line_image(text, margin=margin))) is None
 
 
+def test_a_page_is_told_from_a_line():
+    page, line = Image.new("L", (1600, 2200), 255), line_image("R7 g", size=900, margin=200)
+    for y in range(100, 2100, 100):
+        page.paste(line_image("a line of the page", size=50), (200, y))
+    assert min(line.size) > 1000 and crnn.try_load(line)[0] is not None
+    image, reason = crnn.try_load(page)
+    assert image is None and "some 20 lines of text: a page" in reason
+
+
 # ---- network
 @pytest.mark.parametrize("width", [1, 3, 4, 5, 31, 32, 33])
 def test_frames_follow_the_width(width):
