@@ -149,9 +149,10 @@ GRAMMAR = {
     "{price} RM",
     "bill": "{due}  {due}:  {due} :  {due} {price}  {due}: {price}  {due} ($)  {due} @{d}%  "
     "{said}  {date} {time}  {noted}  {noted}: {digits}  {noted} #{n}  {noted} : {n}  "
-    "Tel: 00-0000 0000  {noted} :  : {n}  : {WORD}  {said}:  {due} (RM)  {due} {said}  "
-    "TEL NO: 00-000 0000  *{said}*  {noted}: {A}{A}-000000  {said} :  Date: {date}  Time: {time}  "
-    "{time} {A}{A}00  {A}{A}00000000",
+    "Tel: 00-0000 0000  Tel : +{d} 00 000 0000  Tel. : 00.00.00.00  Tel No. 00-0000-0000  "
+    "{noted} :  : {n}  : {WORD}  {said}:  {due} (RM)  {due} {said}  TEL NO: 00-000 0000  "
+    "*{said}*  {noted}: {A}{A}-000000  {said} :  Date: {date}  Time: {time}  {time} {A}{A}00  "
+    "{A}{A}00000000  {A}{zero}{zero}{zero}0000  {A}{A}{zero}{d}",
     "due": "TOTAL  Total  Subtotal  CASH  Cash  Change  BALANCE  Discount  Amount Due  Rounding  "
     "QTY  Price  Tip  Grand Total  Net  Amount  Items  Refund  VAT  GST  TAX  Sales Tax  Service  "
     "Total Qty  Item(s)  Qty(s)  SUB-TOTAL  Change Due  Paid Amount  Service Charge  "
@@ -175,8 +176,9 @@ GRAMMAR = {
     "{side})  ({side}  )·{op}·{term}  {term}·{op}·({term}  [{term}  {side}]  {v})·{relation}  "
     "{v}(  {fn}({term}·{op}  ({side}·{op}·({side}  ...·{op}·{term}  {v}·{op}·...·{op}·{v}",
     "piece": "{function}  {function}  {pair}  |{side}|  {num}!  {v}{v}  {v}·{relation}·{num}  "
-    "d{v}  {term}d{v}  {V}·{relation}·{side}  {V}{v}  {v}·{op}·{v}  {v}{d}  {num}  "
-    "{term}·{relation}·{term}·{relation}·{term}  {fn}{d}·+·{fn}{d}{v}·=·{num}  {V}·{op}·{V}",
+    "d{v}  {term}d{v}  {V}·{relation}·{side}  {V}{v}  {v}·{op}·{v}  {v}{d}  {num}  {v}·+·{d}  "
+    "{v}{v}·+·{v}  {term}·{relation}·{term}·{relation}·{term}  {V}·{op}·{V}  "
+    "{fn}{d}·+·{fn}{d}{v}·=·{num}",
     "function": "{f}({v})  {f}({term})  {f}({v}·{op}·{num})  {fn}({v})  {fn}{v}  {fn}({d}{v})  "
     "{fn}({d}π{v})  {fn}({term})  {v}{fn}{V}",
     "pair": "({num},·{num})  ({v},·{v})  ({num},·{num},·{num})  {{num},·{num}}  [{num},·{num}]",
@@ -201,7 +203,7 @@ GRAMMAR = {
     "num": "{d}  0  {d}0  {d}00  {d}0.00  0.00  00.0  {d},0  0,00  {d},000  .0",
     "v": "x  x  x  x  x  x  y  y  y  z  z  a  a  a  b  b  c  c  n  n  n  i  k  k  m  d  f  g  h  "
     "j  p  q  r  s  t  u  v  w",
-    "V": "A  B  C  E  F  G  H  L  M  N  P  R  S  T  V  X  Y",
+    "V": "A  B  D  E  F  G  H  L  M  N  P  R  T  Y",
     "f": "f  f  g  h  F  P",
     "fn": "sin  cos  tan  log  ln  lim  cot  exp  min",
     "op": "+  +  +  -  -  -  ×  ÷  ±  *  /",
@@ -210,7 +212,8 @@ GRAMMAR = {
 GRAMMAR = {name: alternatives.split("  ") for name, alternatives in GRAMMAR.items()}
 UPPER, LOWER, DIGITS = string.ascii_uppercase, string.ascii_lowercase, string.digits
 ALPHANUMERIC = DIGITS + UPPER + LOWER  # in the order of EMNIST's labels
-GROUPS = [UPPER] * 4 + [DIGITS] * 4 + [UPPER + DIGITS] * 3 + [LOWER + DIGITS]
+SERIAL = UPPER.replace("I", "").replace("O", "") + DIGITS  # most machines avoid these two
+GROUPS = [UPPER] * 4 + [DIGITS] * 4 + [SERIAL] * 2 + [UPPER + DIGITS, LOWER + DIGITS]
 SINGLES = [UPPER + LOWER] * 6 + [DIGITS] * 2 + [string.punctuation] * 3
 ALIKE = "O0Q Il1| 1lI7 S5s Z2z B8 G6C q9g uvUV cCeo 5S8B6G ., :;i -~= ({[ )}] kKxX wWvV mnrnh"
 ENDINGS = "in ol ex ix ax ox um ium one ine cin zole pril fen dine tab vir lax mox cal plus it on "
@@ -529,7 +532,7 @@ def trdg(text, font, split):
 # place, and signs come in stray sizes. Which part of it (0 its foot, 1 its top) is how high above
 # the baseline, and the least and most of its height, or of a sign's larger side; all in capitals.
 PLACES = {
-    "acemnorsuvwxz": (0, 0, 0.45, 0.8),
+    "acemnorsuvwxz": (0, 0, 0.45, 0.9),
     "gpqy": (1, 0.65, 0.7, 1.25),
     "j": (1, 0.9, 0.8, 1.4),
     ".": (0, 0, 0.02, 0.1),
@@ -742,7 +745,7 @@ def stroked(c, hand, split):
         if not able:
             return None
         samples = able[0][c]
-    strokes = strokes_of(choice(samples))
+    strokes = written_otherwise(c, strokes_of(choice(samples)), hand)
     width, height = np.ptp(np.concatenate(strokes), axis=0)
     part, rise, least, most = PLACES[c]
     rise = max(rise, hand.point) if c == "." else rise
@@ -753,6 +756,20 @@ def stroked(c, hand, split):
     depth = part * scale * height - hand.capital * (rise + gauss(0, hand.looseness))
     glyph, ends = traced(strokes, scale, hand)
     return glyph, round(depth + hand.stroke * hand.capital / 2), ends
+
+
+def written_otherwise(c, strokes, hand):
+    """Strokes of a character or, of some, those of another way to write it that UNIPEN lacks."""
+    if c in "≤≥" and len(strokes) > 1 and chance(0.4):  # its bar slants as its lower arm does
+        *arms, (x, y) = (*strokes[:-1], strokes[-1].T)
+        slope = np.float32(uniform(0.2, 0.5) * (1 if c == "≤" else -1))
+        return [*arms, np.stack([x, y + slope * (x - x.mean())], 1)]
+    if c == "x" and hand.joined and "c" in hand.writer:  # two curves back to back
+        left, right = (np.concatenate(strokes_of(choice(hand.writer["c"]))) for _ in range(2))
+        left = left * np.float32([-1, 1]) * (np.ptp(right[:, 1]) / max(1, np.ptp(left[:, 1])))
+        place = right[:, 0].min() - left[:, 0].max(), right[:, 1].min() - left[:, 1].min()
+        return [left + np.float32(place), right]
+    return strokes
 
 
 def traced(strokes, scale, hand):
@@ -890,6 +907,16 @@ def closely(ink, least=-0.04, most=0.15, share=1.0):
     top, left = (max(0, side - round(uniform(least, most) * line)) for side in (top, left))
     bottom, right = (side + 1 + round(uniform(least, most) * line) for side in (bottom, right))
     return ink[top:bottom, left:right]
+
+
+def clipped(ink, share=0.2):
+    """Cut a little into the first and the last letter of a line."""
+    top, bottom, left, right = ink_box(ink, 0.15)
+    if right - left < 2 * (bottom - top) or not chance(share):
+        return ink
+    left, right = left - 2, right + 3
+    into = [round(uniform(0, 0.15) * (bottom - top)) for _ in range(2)]
+    return ink[:, max(0, left + into[0]) : right - into[1]]
 
 
 def rules(ink):
@@ -1141,8 +1168,8 @@ STYLES = {
         "plain": Style(0, [partial(blur, share=0.4)], LIGHT),
         "typewriter": Style(1, [struck, blur, WEAVE], CLEAN, fonts=MONO),
         "dot matrix": Style(0.5, [dots, faded], NEEDLE, "receipt", NEEDLES),
-        "receipt": Style(3, [*HEATED, closely], SLIP, "receipt", NARROW),
-        "scanned": Style(3, [stretched, *SCANNED], SLIP, "receipt"),
+        "receipt": Style(3, [*HEATED, closely, clipped], SLIP, "receipt", NARROW),
+        "scanned": Style(3, [stretched, *SCANNED, clipped], SLIP, "receipt"),
         "one pitch": Style(1, [evenly, *SCANNED], SLIP, "receipt", MONO, cells=True),
         "label": Style(2, [PRESS, room, FRAME], PLATE, "label"),
         "sign": Style(

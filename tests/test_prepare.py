@@ -326,6 +326,22 @@ def test_strokes_stand_on_their_line(prepare):
     assert below / person.capital < -0.3  # as between factors
 
 
+def test_other_ways_to_write_a_character(prepare):
+    random.seed(0)
+    without_chance(prepare)
+    writer = next(w for w in prepare.people("train").writers if {"c", "x"} <= w.keys())
+    person = hand(prepare)._replace(writer=writer, joined=True)
+    left, right = prepare.written_otherwise("x", [], person)  # back to back, of one height
+    assert abs(left[:, 0].max() - right[:, 0].min()) < 1
+    assert abs(np.ptp(left[:, 1]) - np.ptp(right[:, 1])) < 1
+    prepare.set(chance=lambda share: True)
+    bar = np.float32([(0, 9), (10, 9)])
+    for c, sign in (("≤", 1), ("≥", -1)):
+        arms, slanted = prepare.written_otherwise(c, [bar, bar], person)
+        assert (arms == bar).all()
+        assert sign * np.diff(slanted[:, 1]) > 1
+
+
 def test_letters_of_a_joined_hand_hang_together(prepare):
     random.seed(0)
     without_chance(prepare)
