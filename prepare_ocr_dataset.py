@@ -156,13 +156,13 @@ GRAMMAR = {
     "due": "TOTAL  Total  Subtotal  CASH  Cash  Change  BALANCE  Discount  Amount Due  Rounding  "
     "QTY  Price  Tip  Grand Total  Net  Amount  Items  Refund  VAT  GST  TAX  Sales Tax  Service  "
     "Total Qty  Item(s)  Qty(s)  SUB-TOTAL  Change Due  Paid Amount  Service Charge  "
-    "Total Incl. GST",
+    "Total inc. GST",
     "noted": "Invoice No  INVOICE  Receipt No.  Ref  Bill  REF.  Table  Cashier  Desk  A/C  "
-    "Doc No.  NO.  No.  Inv No  Order#  GST NO  Reg No.  TEL  Station  Salesperson  Member ID  "
+    "Doc No.  NO.  No.  Inv No  Desk#  GST NO  Reg No.  TEL  Counter  Salesperson  Card ID  "
     "TERMINAL",
     "said": "TAX INVOICE  Tax Invoice  THANK YOU  Thank You  Please come again  Description  "
     "DESC  U/P  Item  Customer  {WORD}/{WORD}  GST SUMMARY  Tax Summary  Rounding Adj  CASH SALE  "
-    "Date  Goods sold are not  Signature  Member Points  {Word} {Word}  AMT  Amt  (RM)  ({Word})",
+    "Date  Goods sold are not  Signature  Points  {Word} {Word}  AMT  Amt  (RM)  ({Word})",
     "firm": "{WORD} {WORD}  {WORD} & {WORD}  {WORD} {WORD} LTD.  THE {WORD}  {n}, {WORD} ROAD,  "
     "00000 {WORD}, {WORD}  {d}/{n}-B, {WORD}  {WORD} {n}ML  {n} {WORD}  [KG] {WORD} {n}X{n}G  "
     "NO. {n}, {WORD} {d}/{n},  {A}{A} {d}{A} {WORD}  {WORD} 00{A} {n}  {WORD},  {Word} {Word}  "
@@ -1142,7 +1142,7 @@ USED |= dict(dark=(13, 102), light=(160, 250), grain=(2, 5, 10, 18))
 PLATE = dict(dark=(0, 130), light=(130, 255), grain=(0, 2, 5), light_on_dark=0.5)
 HEATED = [
     partial(pressed, share=0.4),
-    partial(faded, patches=2, least=0.3, dead=0.15),
+    partial(faded, patches=2, least=0.4, dead=0.15),
     partial(coarse, rows=(15, 24)),
 ]
 WEAVE = partial(faded, patches=14, least=0.2)  # of an inked ribbon
@@ -1150,9 +1150,9 @@ PRESS = partial(bold, size=(0, 0.06), share=0.3)
 FRAME = partial(form_lines, share=0.35, numbers=[4])
 PAPER = [neighbours, partial(form_lines, share=0.1, numbers=[1, 2])]
 PAPER += [partial(coarse, rows=(28, 48), ragged=0.6), partial(blur, share=0.5), closely]
-SCANNED = [PRESS, partial(pressed, share=0.3), partial(faded, patches=2, least=0.25)]
+SCANNED = [PRESS, partial(pressed, share=0.3), partial(faded, patches=2, least=0.4)]
 SCANNED += [partial(room, most=0.15), *PAPER]
-SLIP = dict(dark=(0, 170), light=(215, 255), grain=(0, 2, 6), jpeg=(40, 95))
+SLIP = dict(dark=(0, 150), light=(215, 255), grain=(0, 2, 6), jpeg=(40, 95))
 GROUND = [partial(room, least=0.12), partial(neighbours, aside=True), lettered]
 BOARD, CUT = [PRESS, *GROUND], [closely, busy]
 SIGN = dict(dark=(0, 120), light=(150, 255), grain=(0, 0, 3), light_on_dark=0.6, jpeg=(25, 90))
