@@ -307,8 +307,8 @@ class CRNN(nn.Module):
     def __init__(self, charset, channels=(32, 64, 96, 192), hidden=192, dropout=0.0, blocks=0):
         super().__init__()
         self.charset, self.calibration, self.facts = charset, UNCALIBRATED, {}
-        shape = dict(channels=list(channels), hidden=hidden, dropout=dropout, blocks=blocks)
-        self.architecture = shape
+        self.architecture = dict(channels=list(channels), hidden=hidden)
+        self.architecture |= dict(dropout=dropout, blocks=blocks)
         a, b, c, features = channels
         plan = [  # in, out, kernel, stride (rows, columns), padding
             (1, a, 3, (2, 2), 1),

@@ -1361,6 +1361,7 @@ def draw_all(counts, settings):
         (Path(settings.datasets_dir) / "data.csv").unlink(missing_ok=True)
     mine, workers = missing[rank() :: crnn.world_size()], crnn.workers_per_process(NUM_WORKERS)
     look = dict(total=sum(chunk.number for chunk in mine), unit="img", disable=rank() > 0 or None)
+    cv2.setNumThreads(1)  # before the fork: a worker would wait for ever for threads left behind
     with contextlib.ExitStack() as stack:
         bar = stack.enter_context(tqdm(desc="drawing", **look))  # None: no bar in a log file
         each = map

@@ -434,7 +434,7 @@ UNUSABLE = {  # what reads it, its content, and what the error is to say
     "other dict": (load_checkpoint, {"state_dict": {}}, "train_crnn.py"),
     "other network": (load_checkpoint, OTHER, "train_crnn.py"),
     "other format": (load_checkpoint, OTHER | {"format": 1}, "format 1.*train_crnn.py"),
-    "missing csv": (read_labels, None, "check the path, or run python prepare"),
+    "missing csv": (read_labels, None, "check the path, or run python prepare_ocr_dataset.py"),
     "empty csv": (read_labels, b"", "cannot be read"),
     "csv without rows": (read_labels, b"image_path,label\n", "no rows"),
     "csv without labels": (read_labels, b"image_path,text\na,b\n", "no column label"),

@@ -200,7 +200,7 @@ def test_an_interrupted_run_goes_on(infer, checkpoint, tmp_path, capsys, cut):
 REMEDIES = [
     ("MODEL_PATH", "missing.pth", "run python train_crnn.py"),
     ("MODEL_PATH", "bad.csv", "is not our checkpoint"),
-    ("DATA_CSV", "missing.csv", "check the path"),
+    ("DATA_CSV", "missing.csv", "check the path, or run python prepare_ocr_dataset.py"),
     ("DATA_CSV", "train.csv", "has no test rows"),
     ("PREDICTIONS_CSV", "bad.csv/predictions.csv", "cannot write"),
     ("argument", "empty", "holds no images"),

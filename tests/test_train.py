@@ -191,7 +191,7 @@ def test_says_which_rows_are_left_out_and_why(train, capsys):
 
 
 NOTHING = {
-    None: "check the path",
+    None: "check the path, or run python prepare_ocr_dataset.py",
     "": "cannot be read",
     "image_path,label\n": "no rows",
     "path,label\na,b\n": "no column image_path",
