@@ -158,11 +158,11 @@ GRAMMAR = {
     "Total Qty  Item(s)  Qty(s)  SUB-TOTAL  Change Due  Paid Amount  Service Charge  "
     "Total inc. GST",
     "noted": "Invoice No  INVOICE  Receipt No.  Ref  Bill  REF.  Table  Cashier  Desk  A/C  "
-    "Doc No.  NO.  No.  Inv No  Desk#  GST NO  Reg No.  TEL  Counter  Salesperson  Card ID  "
+    "Doc No.  NO.  No.  Inv No  Desk#  GST NO  Reg No.  TEL  Ticket  Salesperson  Card ID  "
     "TERMINAL",
-    "said": "TAX INVOICE  Tax Invoice  THANK YOU  Thank You  Please come again  Description  "
-    "DESC  U/P  Item  Customer  {WORD}/{WORD}  GST SUMMARY  Tax Summary  Rounding Adj  CASH SALE  "
-    "Date  Goods sold are not  Signature  Points  {Word} {Word}  AMT  Amt  (RM)  ({Word})",
+    "said": "TAX INVOICE  Tax Invoice  WELCOME  Visit us again  Please come again  Description  "
+    "DESC  U/P  Item  Customer  {WORD}/{WORD}  GST SUMMARY  Tax Summary  Rounding Adj  CASH BILL  "
+    "Date  No refund  Paid  Points  {Word} {Word}  AMT  Amt  (RM)  ({Word})",
     "firm": "{WORD} {WORD}  {WORD} & {WORD}  {WORD} {WORD} LTD.  THE {WORD}  {n}, {WORD} ROAD,  "
     "00000 {WORD}, {WORD}  {d}/{n}-B, {WORD}  {WORD} {n}ML  {n} {WORD}  [KG] {WORD} {n}X{n}G  "
     "NO. {n}, {WORD} {d}/{n},  {A}{A} {d}{A} {WORD}  {WORD} 00{A} {n}  {WORD},  {Word} {Word}  "

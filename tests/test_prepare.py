@@ -129,7 +129,7 @@ def test_words_of_the_test_are_not_trained_on(prepare):
         made_up |= {prepare.invented(known[split].all, prepare.ENDINGS.split()) for _ in range(100)}
         assert {prepare.word_split(word) for word in [*made_up, *known[split].used]} == {split}
         assert len(made_up) > 190
-    kinds = "words made_up doubled name item punctuated written due noted firm".split()
+    kinds = "words made_up doubled name item punctuated written due noted said firm".split()
     texts = [prepare.expand(kind, "train") for kind in kinds for _ in range(1500)]
     assert held_out & set(re.findall("[a-z][a-z'-]+[a-z]", " ".join(texts).lower())) == set()
 
