@@ -506,30 +506,43 @@ def calibrated(confidence, calibration):
 def read_images(model, images, batch_size):
     """Read uint8 tensors (H, W_i) as load_image returns them. Returns a list of Readings."""
     readings = read_once(model, images, batch_size)
-    # What is read with little confidence is read in other looks too; the surest reading counts.
-    unsure = [i for i, reading in enumerate(readings) if reading.confidence < SECOND_LOOK]
-    again = [(i, look) for i in unsure for look in looks(images[i])]
-    for (i, _), reading in zip(again, read_once(model, [look for _, look in again], batch_size)):
-        readings[i] = max(readings[i], reading, key=lambda reading: reading.confidence)
+    for look in (inverted, smaller, wider):  # the surest reading counts
+        unsure = [i for i, reading in enumerate(readings) if reading.confidence < SECOND_LOOK]
+        again = [(i, seen) for i in unsure if (seen := look(images[i])) is not None]
+        for (i, _), reading in zip(again, read_once(model, [s for _, s in again], batch_size)):
+            readings[i] = max(readings[i], reading, key=lambda reading: reading.confidence)
     return [r._replace(confidence=calibrated(r.confidence, model.calibration)) for r in readings]
 
 
-def looks(image):
-    """Other ways to look at an image, uint8 (H, W): with much ink, as paper; stretched; smaller.
+# Second looks at an image, uint8 (H, W), each at one (HEIGHT, any width).
 
-    Where its margins are high, these two are zoomed. A character keeps its part of the width.
-    """
+
+def inverted(image):
+    """As the other polarity, where so much is ink that it may be the paper; else None."""
+    return 255 - image if (image < 128).float().mean() > BOLD else None
+
+
+def smaller(image):
+    """With paper above and below; a character keeps its part of the width."""
     height, width = image.shape
-    if (image < 128).float().mean() > BOLD:
-        yield 255 - image
+    padded = F.pad(without_margins(image), (0, 0, 5, 1), value=255)  # (rows, width)
+    return scaled(padded, width * height / len(padded))
+
+
+def wider(image):
+    """Stretched, for letters that stand close together."""
+    height, width = image.shape
+    closer = without_margins(image)  # (fewer rows, width)
+    return scaled(closer, 1.25 * width * height / len(closer))
+
+
+def without_margins(image):
+    """An image (H, W) with less of high margins above and below: (fewer rows, W)."""
     top, bottom = inked_rows(image.numpy() < FAINT_TONE)
-    if 0 < bottom - top <= 0.75 * height:
-        margin = max(1, round(0.18 * (bottom - top)))
-        image = image[max(0, top - margin) : bottom + margin]  # fewer rows
-    zoom = height / len(image)
-    yield scaled(image, 1.25 * width * zoom)
-    smaller = F.pad(image, (0, 0, 5, 1), value=255)  # paper above and below
-    yield scaled(smaller, width * height / len(smaller))
+    if not 0 < bottom - top <= 0.75 * len(image):
+        return image
+    margin = max(1, round(0.18 * (bottom - top)))
+    return image[max(0, top - margin) : bottom + margin]
 
 
 def scaled(image, width):

@@ -213,7 +213,7 @@ GRAMMAR = {name: alternatives.split("  ") for name, alternatives in GRAMMAR.item
 UPPER, LOWER, DIGITS = string.ascii_uppercase, string.ascii_lowercase, string.digits
 ALPHANUMERIC = DIGITS + UPPER + LOWER  # in the order of EMNIST's labels
 SERIAL = UPPER.replace("I", "").replace("O", "") + DIGITS  # most machines avoid these two
-GROUPS = [UPPER] * 4 + [DIGITS] * 4 + [SERIAL] * 2 + [UPPER + DIGITS, LOWER + DIGITS]
+GROUPS = [UPPER] * 4 + [DIGITS] * 4 + [SERIAL] * 3 + [LOWER + DIGITS]
 SINGLES = [UPPER + LOWER] * 6 + [DIGITS] * 2 + [string.punctuation] * 3
 ALIKE = "O0Q Il1| 1lI7 S5s Z2z B8 G6C q9g uvUV cCeo 5S8B6G ., :;i -~= ({[ )}] kKxX wWvV mnrnh"
 ENDINGS = "in ol ex ix ax ox um ium one ine cin zole pril fen dine tab vir lax mox cal plus it on "
@@ -226,7 +226,7 @@ TERMINALS = {
     "Word": lambda words: some_word(words).capitalize(),
     "WORD": lambda words: some_word(words).upper(),
     "invented": lambda words: cased(invented(words.all)),
-    "brand": lambda words: cased(invented(words.all, ENDINGS.split())),
+    "brand": lambda words: cased(invented(words.all, ENDINGS.split()), (10, 70, 20)),
     "doubled": lambda words: cased(max(random.choices(words.all, k=12), key=confusing_pairs)),
     "letters": lambda words: cased(next(filter(str.isalpha, iter(partial(some_word, words), "")))),
     "written": lambda words: choice(people(words.split).labels),
@@ -239,7 +239,7 @@ TERMINALS = {
 MIXES = {  # of the kinds of text, with their weights
     "printed": dict(words=28, made_up=8, doubled=5, name=6, item=6, punctuated=12, number=14)
     | dict(code=8, string=7, single=8, look_alikes=3),
-    "by hand": dict(words=30, made_up=14, doubled=4, name=6, item=4, punctuated=10, number=13)
+    "by hand": dict(words=30, made_up=18, doubled=4, name=6, item=4, punctuated=10, number=13)
     | dict(math=12, code=5, string=4, single=7),
     "written": dict(written=1),
     "emnist": dict(letters=42, number=22, mixed=12, code=12, words=7, name=5),
@@ -288,8 +288,8 @@ def random_string(characters, shortest, longest):
     return "".join(random.choices(characters, k=randint(shortest, longest)))
 
 
-def cased(word):
-    return random.choices([word.lower(), word.capitalize(), word.upper()], [53, 27, 20])[0]
+def cased(word, shares=(53, 27, 20)):
+    return random.choices([word.lower(), word.capitalize(), word.upper()], shares)[0]
 
 
 def confusing_pairs(word):
@@ -1168,8 +1168,8 @@ STYLES = {
         "plain": Style(0, [partial(blur, share=0.4)], LIGHT),
         "typewriter": Style(1, [struck, blur, WEAVE], CLEAN, fonts=MONO),
         "dot matrix": Style(0.5, [dots, faded], NEEDLE, "receipt", NEEDLES),
-        "receipt": Style(3, [*HEATED, closely, clipped], SLIP, "receipt", NARROW),
-        "scanned": Style(3, [stretched, *SCANNED, clipped], SLIP, "receipt"),
+        "receipt": Style(4, [*HEATED, closely, clipped], SLIP, "receipt", NARROW),
+        "scanned": Style(4, [stretched, *SCANNED, clipped], SLIP, "receipt"),
         "one pitch": Style(1, [evenly, *SCANNED], SLIP, "receipt", MONO, cells=True),
         "label": Style(2, [PRESS, room, FRAME], PLATE, "label"),
         "sign": Style(

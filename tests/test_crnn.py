@@ -353,14 +353,16 @@ def test_batches_hold_similar_widths():
 
 def test_unsure_readings_get_a_second_look(monkeypatch):
     unsure = load_image(small_line((200, 100), "Rg 7", (60, 40)))
-    wide, smaller = crnn.looks(unsure)
+    wide, smaller = crnn.wider(unsure), crnn.smaller(unsure)
     assert [wide.shape[0], smaller.shape[0]] == [32, 32]
     assert rows_with_ink(wide) > rows_with_ink(smaller) > 1.5 * rows_with_ink(unsure)
     assert wide.shape[1] > 1.25 * unsure.shape[1]
     blank = torch.full((32, 300), 255, dtype=torch.uint8)
-    assert [look.shape for look in crnn.looks(blank[:, :40])] == [(32, 50), (32, 34)]
-    assert torch.equal(next(crnn.looks(255 - unsure)), unsure)  # perhaps the wrong polarity
-    counts, surest = [], (300, wide.shape[1])
+    assert crnn.wider(blank[:, :40]).shape == (32, 50)
+    assert crnn.smaller(blank[:, :40]).shape == (32, 34)
+    assert crnn.inverted(unsure) is None
+    assert torch.equal(crnn.inverted(255 - unsure), unsure)  # perhaps the wrong polarity
+    counts, surest = [], (crnn.smaller(blank).shape[1], wide.shape[1])
 
     def read_once(model, images, batch_size):
         counts.append(len(images))
@@ -369,7 +371,7 @@ def test_unsure_readings_get_a_second_look(monkeypatch):
 
     monkeypatch.setattr(crnn, "read_once", read_once)
     readings = read_images(Mock(calibration=(2.0, 0.0)), [blank, unsure], 8)
-    assert counts == [2, 2]
+    assert counts == [2, 0, 2, 1]  # at first, inverted, smaller, and wider what is still unsure
     assert [r.text for r in readings] == [f"{width}" for width in surest]
     assert readings[0].confidence == crnn.calibrated(0.9, (2.0, 0.0))
     assert readings[0].confidence > 0.9
