@@ -42,7 +42,7 @@ FOREIGN = ROOT / "tests" / "foreign"  # images by other programs
 WEIGHTS = ROOT / "ocr_crnn_model" / "pretrained.pth"  # that read, and that the part own starts from
 REPEATS = 5  # of each timing of the parts speed and reading
 DRAWING_NUMBER = 40_000  # images of the part drawing
-KILLS = 10  # in drawing, and as many in training
+KILLS = 20  # in drawing, and as many in training and in reading
 READING_WORDS = 480  # printed words of about 100 pixels, of the part reading
 PEERS_ROWS = 2_000  # test rows of each source, of the part peers: by default all
 DAMAGED_FILES = 2_000  # of the part damaged
@@ -151,7 +151,7 @@ def killed(command, seconds):
 
 
 def kills():
-    """kill -9 at random moments of drawing and training: files and weights as of a whole run."""
+    """kill -9 at random moments of each script: files and weights as of a whole run."""
     random.seed(0)
     folder = fresh("kills")
     whole = drawing_in(folder / "whole", 3_000)
@@ -181,6 +181,22 @@ def kills():
         weights = torch.load(state, weights_only=True)["net"]
         same += all(torch.equal(weights[name], expected[name]) for name in expected)
     record("kills", "trainings that end as uninterrupted", same, KILLS)
+
+    rows = crnn.read_labels(FOREIGN / "labels.csv").assign(split="test")
+    rows["image_path"] = [str(FOREIGN / path) for path in rows.image_path]
+    prepare_ocr_dataset.write_labels(pd.concat([rows] * 40), folder / "read.csv")
+    places = dict(DATA_CSV=str(folder / "read.csv"), MODEL_PATH=str(WEIGHTS), REPORT_DIR=None)
+    reader = script(inference_crnn, NUM_SAMPLES=len(rows) * 40, **places)
+    start = time.perf_counter()
+    reader.run(folder, PREDICTIONS_CSV=str(folder / "whole.csv"))
+    seconds, same = time.perf_counter() - start, 0
+    for i in range(KILLS):
+        again = script(inference_crnn, **reader.constants)
+        again.constants["PREDICTIONS_CSV"] = str(folder / f"killed{i}.csv")
+        killed(again.command(folder), random.uniform(0, seconds))
+        again.run(folder)
+        same += (folder / f"killed{i}.csv").read_bytes() == (folder / "whole.csv").read_bytes()
+    record("kills", "readings that end as uninterrupted", same, KILLS)
 
 
 def draw_code(index, fonts):
