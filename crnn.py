@@ -299,9 +299,9 @@ class CRNN(nn.Module):
     """CNN, LSTM in both directions, and a linear layer, after Shi et al. 2015 (arXiv:1507.05717).
 
     Much leaner than theirs: strided convolutions instead of full-size layers and pooling, one LSTM
-    layer. Where the height is gone and a weight costs least stand residual blocks (He et al. 2015,
-    arXiv:1512.03385), each a convolution over three frames. It owns its charset and calibration, so
-    that no one can pair it with another's.
+    layer. Residual blocks, if any, follow where the height is gone and a weight costs least (He et
+    al. 2015, arXiv:1512.03385), each a convolution over three frames. It owns its charset and its
+    calibration, so that no one can pair it with another's.
     """
 
     def __init__(self, charset, channels=(32, 64, 96, 192), hidden=192, dropout=0.0, blocks=0):
@@ -514,7 +514,7 @@ def read_images(model, images, batch_size):
     return [r._replace(confidence=calibrated(r.confidence, model.calibration)) for r in readings]
 
 
-# Second looks at an image, uint8 (H, W), each at one (HEIGHT, any width).
+# Second looks at an image, uint8 (H, W): each returns one (HEIGHT, another width).
 
 
 def inverted(image):

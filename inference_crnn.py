@@ -13,6 +13,7 @@ import csv
 import html
 import importlib.util
 import io
+import itertools
 import json
 import os
 import sys
@@ -161,7 +162,7 @@ def read_all(samples, model):
         done = sum(line.endswith(b"\n") for line in lines) // CHUNK * CHUNK
         file.truncate(sum(map(len, lines[:done])))
         if done:
-            print(f"going on after {done:,} images that an interrupted run has read\n")
+            print(f"going on after {done:,} images that an interrupted run has already read\n")
         for start in range(done, len(samples), CHUNK):
             chunk = samples[start : start + CHUNK]
             for sample, reading in zip(chunk, recognize([path for path, *_ in chunk], model)):
@@ -210,30 +211,38 @@ img { max-width: 100%; height: 3.5em; object-fit: contain; object-position: left
 .field { font: 22px monospace; width: 100%; box-sizing: border-box }
 pre { display: flex; flex-wrap: wrap; margin: 0.3em 0; font: 18px monospace }
 pre * { display: block; font: inherit; min-width: 1ch } .checked { border-left: 6px solid green }
-</style><header><b id=count></b> <button id=save>Save them</button> to <code id=folder></code><br>
-<small>Enter: checked, to the next. A click on a character below a doubtful one takes it.</small>
-</header><main id=rows></main><script id=job type=application/json>JOB</script><script>
+</style><header><b id=count></b> <button id=save>Save them</button> as <code id=target></code><br>
+<small>Enter accepts a reading and goes to the next. A click on a character below a marked one takes
+it. Only what is checked is saved.</small> <b id=lost hidden>This browser keeps nothing: save before
+you leave.</b></header>
+<main id=rows></main><script id=job type=application/json>JOB</script><script>
 const find = id => document.getElementById(id), job = JSON.parse(find("job").textContent)
-const load = () => JSON.parse(localStorage.getItem(job.folder) || "{}")  // path: text, or null
 const make = (to, kind, facts) => to.appendChild(Object.assign(document.createElement(kind), facts))
-let kept = load()
+// What is kept of a picture, for as long as it stays the same: "=" and its text, or "-": unreadable
+function stored(row, ...value) {
+  const key = `${job.folder}/${row.path} ${row.crc}`
+  try { return value.length ? localStorage.setItem(key, value[0]) : localStorage.getItem(key) }
+  catch { find("lost").hidden = false }
+}
 function keep(row) {
-  kept = { ...load(), [row.path]: row.bad.checked ? null : row.field.value }
-  localStorage.setItem(job.folder, JSON.stringify(kept))
+  row.kept = row.bad.checked ? "-" : `=${row.field.value}`
+  stored(row, row.kept)
   show(row)
   count()
 }
 function show(row) {
-  row.part.classList.toggle("checked", row.path in kept)
+  row.part.classList.toggle("checked", row.kept)
   row.part.classList.toggle("unreadable", row.bad.checked)
   row.line.inert = [...row.field.value].length != [...row.text].length  // no longer its places
 }
 function count() {
-  const checked = job.rows.filter(row => row.path in kept).length
+  const checked = job.rows.filter(row => row.kept).length
   find("count").textContent = `${checked} of ${job.rows.length} checked`
 }
 for (const row of job.rows) {
-  const part = row.part = make(find("rows"), "section"), value = kept[row.path] ?? row.text
+  const part = row.part = make(find("rows"), "section")
+  row.kept = stored(row) ?? ""
+  const value = row.kept.startsWith("=") ? row.kept.slice(1) : row.text
   make(part, "img", { src: row.image })
   const field = row.field = make(part, "input", { className: "field", value, spellcheck: false })
   const line = row.line = make(part, "pre"), label = make(part, "label")
@@ -243,9 +252,10 @@ for (const row of job.rows) {
     for (const other of others) make(place, "button", { textContent: other }).onclick = () => {
       field.value = [...field.value].with(i, other).join("")
       field.oninput()
+      field.focus()
     }
   }
-  row.bad = make(label, "input", { type: "checkbox", checked: kept[row.path] === null })
+  row.bad = make(label, "input", { type: "checkbox", checked: row.kept == "-" })
   make(label, "small", { textContent: ` not readable. ${row.path}, confidence ${row.confidence}` })
   row.bad.onchange = () => keep(row)
   field.oninput = () => keep(row, row.bad.checked = false)
@@ -257,9 +267,9 @@ for (const row of job.rows) {
 }
 job.rows.forEach(show)
 count()
-find("folder").textContent = `${job.folder}/${job.file}`
+find("target").textContent = `${job.folder}/${job.file}`
 find("save").onclick = () => {
-  const rows = job.rows.filter(row => kept[row.path]).map(row => [row.path, kept[row.path]])
+  const rows = job.rows.filter(row => row.kept > "=").map(row => [row.path, row.kept.slice(1)])
   const quoted = text => `"${text.replaceAll('"', '""')}"`
   const lines = [["image_path", "label"], ...rows].map(pair => pair.map(quoted) + "\\n")
   const href = URL.createObjectURL(new Blob(lines, { type: "text/csv" }))
@@ -269,7 +279,7 @@ find("save").onclick = () => {
 
 
 def thumbnail(path):
-    """A small picture of an image, dark where the network sees ink, as a data URL."""
+    """A small picture of an image, grey as the network sees it, as a data URL."""
     with Image.open(path) as image:
         grey = crnn.to_grey(ImageOps.exif_transpose(image))
     grey.thumbnail((1400, 64))
@@ -278,28 +288,38 @@ def thumbnail(path):
     return f"data:image/jpeg;base64,{base64.b64encode(memory.getvalue()).decode()}"
 
 
+def check_page(rows, folder, file):
+    """A page to correct readings in, as text. What it saves belongs into a folder, as a file."""
+    with ThreadPoolExecutor(NUM_THREADS) as threads:
+        images = threads.map(thumbnail, rows.path)
+        images = list(tqdm(images, "check.html", len(rows), unit="img", disable=None))
+    names = [Path(path).relative_to(folder).as_posix() for path in rows.path]
+    rows = rows.assign(path=names, text=rows.prediction, image=images).round({"confidence": 2})
+    rows["crc"] = [zlib.crc32(image.encode()) for image in images]
+    job = dict(folder=folder.as_posix(), file=file)
+    job["rows"] = rows[["path", "text", "confidence", "others", "image", "crc"]].to_dict("records")
+    text = json.dumps(job, ensure_ascii=False).replace("<", "\\u003c")  # no tag ends the script
+    return CHECK.replace("JOB", text)
+
+
 def write_check(rows):
-    """Write pages to correct readings in, the least sure first. Returns the path of the first."""
-    paths = [Path(os.path.abspath(path)) for path in rows.image_path]
-    if len({path.drive for path in paths}) > 1:
-        raise InputError("images on two drives: name one drive's at a time, or REPORT_DIR = None")
-    folder, report = Path(os.path.commonpath([path.parent for path in paths])), Path(REPORT_DIR)
-    rows = rows.assign(path=paths).sort_values("confidence", kind="stable")
-    for former in report.glob("check*.html"):
+    """Write pages to correct readings in, the least sure first. Returns their paths."""
+    rows = rows.drop_duplicates("image_path").sort_values("confidence", kind="stable")
+    rows, report = rows.assign(path=[*map(os.path.abspath, rows.image_path)]), Path(REPORT_DIR)
+    try:
+        folder = Path(os.path.commonpath([*map(os.path.dirname, rows.path)]))
+    except ValueError:
+        raise InputError("images on two drives: name one's, or set REPORT_DIR = None") from None
+    for former in (*report.glob("check.html"), *report.glob("check_[0-9]*.html")):
         former.unlink()
-    for number, start in enumerate(range(0, len(rows), CHECKED_AT_ONCE)):
-        page, more = rows[start : start + CHECKED_AT_ONCE], f"_{number + 1}" * bool(number)
-        with ThreadPoolExecutor(NUM_THREADS) as threads:
-            images = threads.map(thumbnail, page.path)
-            images = list(tqdm(images, "check.html", len(page), unit="img", disable=None))
-        names = [path.relative_to(folder).as_posix() for path in page.path]
-        page = page.assign(path=names, text=page.prediction, image=images).round({"confidence": 2})
-        job = dict(folder=folder.as_posix(), file=f"labels{more}.csv")
-        job["rows"] = page[["path", "text", "confidence", "others", "image"]].to_dict("records")
-        text = json.dumps(job, ensure_ascii=False).replace("<", "\\u003c")  # no tag ends the script
-        with whole_file(report / f"check{more}.html") as temporary:
-            temporary.write_text(CHECK.replace("JOB", text), encoding="utf-8")
-    return report / "check.html"
+    files = (f"labels{f'_{i}' * (i > 1)}.csv" for i in itertools.count(1))
+    files, pages = (file for file in files if not (folder / file).exists()), []  # overwrites none
+    for start in range(0, len(rows), CHECKED_AT_ONCE):
+        pages.append(report / f"check{f'_{len(pages) + 1}' * bool(pages)}.html")
+        page = check_page(rows[start : start + CHECKED_AT_ONCE], folder, next(files))
+        with whole_file(pages[-1]) as temporary:
+            temporary.write_text(page, encoding="utf-8")
+    return pages
 
 
 # --------------------------------------------------------------------------------------------------
@@ -464,10 +484,11 @@ def main(arguments=()):
             print(f"report: {Path(REPORT_DIR).as_posix()}/index.html")
     bare = rows[rows.label == ""]
     if len(bare) and REPORT_DIR:
-        print(f"to correct them and learn from that: {write_check(bare).as_posix()}")
+        for page in write_check(bare):
+            print(f"to correct these readings, open {page.as_posix()} in a browser")
     unsure = (rows.confidence < MIN_CONFIDENCE).sum()
     print(f"{len(rows):,} images read, {unsure:,} below MIN_CONFIDENCE = {MIN_CONFIDENCE}")
-    print(f"{skipped:,} skipped; all in {PREDICTIONS_CSV}")
+    print(f"{skipped:,} skipped; the readings are in {PREDICTIONS_CSV}")
     return int(skipped > 0)
 
 

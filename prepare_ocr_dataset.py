@@ -910,13 +910,14 @@ def closely(ink, least=-0.04, most=0.15, share=1.0):
 
 
 def clipped(ink, share=0.2):
-    """Cut a little into the first and the last letter of a line."""
+    """Cut a little into the first and the last letter of a line, and never through a thin one."""
     top, bottom, left, right = ink_box(ink, 0.15)
-    if right - left < 2 * (bottom - top) or not chance(share):
+    line, gaps = bottom - top, np.flatnonzero(ink[:, left : right + 1].max(axis=0) < 0.15)
+    if right - left < 2 * line or not len(gaps) or not chance(share):
         return ink
-    left, right = left - 2, right + 3
-    into = [round(uniform(0, 0.15) * (bottom - top)) for _ in range(2)]
-    return ink[:, max(0, left + into[0]) : right - into[1]]
+    widths = gaps[0], right - left - gaps[-1]  # of what the outer letters show as one
+    into = [round(min(uniform(0, 0.15) * line, 0.4 * width + 2)) for width in widths]
+    return ink[:, max(0, left - 2 + into[0]) : right + 3 - into[1]]
 
 
 def rules(ink):
@@ -1412,7 +1413,7 @@ def find_sources(settings):
     crnn.wait_for_all()  # for the download
     there |= {STROKES, EMNIST} if by_emnist and emnist_is_there(settings) else {STROKES}
     for source in [source for source in counts if SOURCES[source].kind not in there]:
-        print(f"{source} is left out: it needs {SOURCES[source].kind}, for training and for test")
+        print(f"{source} is left out: it needs two families of {SOURCES[source].kind} in FONTS_DIR")
         del counts[source]
     if "emnist_images" in counts:  # no character twice
         have = {split: len(emnist(settings, split)[1]) for split in ("train", "val", "test")}

@@ -490,7 +490,7 @@ def train_epoch(net, optimizers, schedules, scaler, buckets, sizes, description)
                 losses, counts = [], []
                 bar.set_postfix_str(f"loss {parts[-1]:.4f}", refresh=False)
                 if parts[-1] != parts[-1]:
-                    raise InputError("the loss is NaN: lower the learning rates of the recipe")
+                    raise InputError("the loss is NaN: lower the learning rates in the recipes")
     return parts
 
 
@@ -559,7 +559,9 @@ def load_state(expected, parts):
         saved = torch.load(path, map_location="cpu", weights_only=True)
         same = saved["fingerprint"] == expected
     except Exception as error:  # torch.load raises pickle, zip, key and runtime errors
-        raise InputError(f"RESUME: {path} is unreadable, {type(error)}: {remedy}") from None
+        raise InputError(
+            f"RESUME: {path} is unreadable ({type(error).__name__}): {remedy}"
+        ) from None
     if not same:
         raise InputError(f"RESUME: {path} is of other data or constants: restore them, or {remedy}")
     for name, part in parts.items():
@@ -633,14 +635,16 @@ def finish(state, device, val, test):
     if rank() == 0:
         crnn.save_checkpoint(MODEL_PATH, best)
     print(f"✅ Model saved to {MODEL_PATH}")
+    if best.facts["epoch"] == 0:
+        print("no epoch read better, so these are the starting weights: more labels may help")
     if not sum(gather(len(test))):
         return
-    print(f"\nTest rows, never trained on, read by epoch {best.facts['epoch']} (folded: O is 0)")
+    print(f"\nTest rows, never trained on, read by epoch {best.facts['epoch']}, folded: O is 0")
     seen = read(best, test)
     for column in seen.columns.intersection(["source", "style"]):
         print(f"{crnn.format_score_table(crnn.score_table(seen, column))}\n")
     error = crnn.calibration_error(seen.confidence, seen.label == seen.prediction)
-    print(f"confidence and share of right readings lie {error:.1%} apart (calibration error)")
+    print(f"confidence and the share of right readings lie {error:.1%} apart (calibration error)")
 
 
 def main():

@@ -290,8 +290,11 @@ def test_readings_can_be_corrected(infer, scans, tmp_path, capsys):
     infer.main([str(scans)])
     found = sorted(path.name for path in (tmp_path / "report").glob("check*.html"))
     assert found == ["check.html", "check_2.html", "check_3.html"]
+    (scans / "labels.csv").write_text("image_path,label\n")  # of an earlier page
     infer.set(CHECKED_AT_ONCE=5000)
     infer.main([str(scans)])
+    page = (tmp_path / "report" / "check.html").read_text(encoding="utf-8")
+    assert '"file": "labels_2.csv"' in page  # overwrites nothing
     assert len(list((tmp_path / "report").glob("check*.html"))) == 1  # no former pages
     assert f"{tmp_path.as_posix()}/report/check.html" in capsys.readouterr().out
 
@@ -327,6 +330,7 @@ def test_corrections_reach_the_training(infer, train, scans, tmp_path):
         page.locator("section input[type=checkbox]").nth(1).check()  # not readable
         del wanted[list(wanted)[1]]
         page.reload()  # nothing is lost
+        assert page.locator("section.checked").count() == len(paths)
         with page.expect_download() as download:
             page.click("#save")
         download.value.save_as(scans / download.value.suggested_filename)
