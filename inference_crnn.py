@@ -204,7 +204,7 @@ def write_results(part):
 CHECK = """<!doctype html><meta charset=utf-8><meta name=viewport content="width=device-width">
 <title>Check the readings</title><style>
 body { font: 16px/1.4 sans-serif; max-width: 48em; margin: auto; padding: 0 1em }
-header { position: sticky; top: 0; background: white; border-bottom: 1px solid; padding: 0.5em 0 }
+header { position: sticky; top: 0; z-index: 1; background: white; padding: 0.5em 0 }
 section { content-visibility: auto; contain-intrinsic-size: auto 10em; padding: 1em 0 1em 12px }
 .unreadable img { opacity: 0.2 } small { overflow-wrap: anywhere; color: dimgrey }
 img { max-width: 100%; height: 3.5em; object-fit: contain; object-position: left }

@@ -331,8 +331,10 @@ def test_corrections_reach_the_training(infer, train, scans, tmp_path):
         del wanted[list(wanted)[1]]
         page.reload()  # nothing is lost
         assert page.locator("section.checked").count() == len(paths)
+        page.set_viewport_size({"width": 600, "height": 300})
+        page.evaluate("scrollTo(0, document.body.scrollHeight)")  # the header stays on top
         with page.expect_download() as download:
-            page.click("#save")
+            page.click("#save", timeout=5000)
         download.value.save_as(scans / download.value.suggested_filename)
         browser.close()
     train.set(DATA_CSV=str(scans / "labels.csv"))
