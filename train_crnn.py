@@ -53,7 +53,7 @@ FROM_NOTHING = dict(
 # images do not show, and the first errors of a second head would pull learned weights away.
 FINE_TUNE = dict(matrix_learning_rate=1e-3, learning_rate=3e-4, shortcut_weight=0, frozen_norms=1)
 EPOCHS = 1  # passes over the training rows; from nothing, 3 are few and 10 are better
-MIN_STEPS = 2_000  # batches; with few images there are more epochs, until there are as many
+MIN_STEPS = 1_500  # batches; with few images there are more epochs, until there are as many
 BATCH_SIZE = 32  # images of a step, all of about one width, over all processes together
 WARM_UP = 0.1  # share of training in which the learning rates rise to their peak
 WEIGHT_DECAY = 1e-2  # of AdamW
