@@ -419,13 +419,14 @@ def write_report(rows):
     confused = Counter(e for pair in zip(rows.label, rows.prediction) for e in edits(*pair))
     shown = {"": "(nothing)", " ": "(space)"}
     errors = [(shown.get(a, a), shown.get(b, b), n) for (a, b), n in confused.most_common(25)]
+    errors = pd.DataFrame(errors, columns=["label", "read", "times"])
     percent = dict.fromkeys(["exact", "CER", "folded"], "{:.1%}".format)
     table = partial(pd.DataFrame.to_html, formatters=percent, na_rep="-", border=0)
     sheet = Path(REPORT_DIR) / "surest_errors.png"
     sections = {
         "All": table(pd.Series(summary(rows), name="how often").to_frame()),
         "By source": table(crnn.score_table(rows)),
-        "The most frequent errors": table(pd.DataFrame(errors, columns=["label", "read", "times"])),
+        "The most frequent errors": table(errors, index=False),
         "What confidence is worth": embedded(plot_confidence(rows)),
         "The surest errors, read in red": embedded(surest_errors(rows, sheet)),
     }
