@@ -152,7 +152,10 @@ GRAMMAR = {
     "Tel: 00-0000 0000  Tel : +{d} 00 000 0000  Tel. : 00.00.00.00  Tel No. 00-0000-0000  "
     "{noted} :  : {n}  : {WORD}  {said}:  {due} (RM)  {due} {said}  TEL NO: 00-000 0000  "
     "*{said}*  {noted}: {A}{A}-000000  {said} :  Date: {date}  Time: {time}  {time} {A}{A}00  "
-    "{A}{A}00000000  {A}{zero}{zero}{zero}0000  {A}{A}{zero}{d}",
+    "{A}{A}00000000  {A}{zero}{zero}{zero}0000  {A}{A}{zero}{d}  {A}{A}{A}-{zero}{zero}{digits}  "
+    "{noted}: {A}{A}{A}-{zero}{zero}{n}0{n}  {A}{A} {A}{zero}{zero}{digits}-{Word}  {noted} :  "
+    "{noted} {zero}{digits}  {date} {time} {A}{A}{zero}{d} {A}{A}00  "
+    "{d}-{zero}{d}-{d}{zero}{A}{d}  {due} :  {due} : {d}  Tel : +{d} {zero}{d} 0000 0000",
     "due": "TOTAL  Total  Subtotal  CASH  Cash  Change  BALANCE  Discount  Amount Due  Rounding  "
     "QTY  Price  Tip  Grand Total  Net  Amount  Items  Refund  VAT  GST  TAX  Sales Tax  Service  "
     "Total Qty  Item(s)  Qty(s)  SUB-TOTAL  Change Due  Paid Amount  Service Charge  "
@@ -174,11 +177,14 @@ GRAMMAR = {
     "sum": "{side}·{relation}·{term}  {side}·{relation}·{side}  {side}  {side}·{relation}·{term}",
     "cut": "{relation}·{side}  {side}·{relation}  {op}·{term}  {side}·{op}  )·{relation}·{side}  "
     "{side})  ({side}  )·{op}·{term}  {term}·{op}·({term}  [{term}  {side}]  {v})·{relation}  "
-    "{v}(  {fn}({term}·{op}  ({side}·{op}·({side}  ...·{op}·{term}  {v}·{op}·...·{op}·{v}",
+    "{op}·{fn}  {op}·{fn}{v}  {relation}·{fn}{v}  {op}·{fn}(  ({op}·{v}  {num})({num}  {v},·{v})  "
+    "...·{op}  {v}(  {fn}({term}·{op}  ({side}·{op}·({side}  ...·{op}·{term}  "
+    "{v}·{op}·...·{op}·{v}",
     "piece": "{function}  {function}  {pair}  |{side}|  {num}!  {v}{v}  {v}·{relation}·{num}  "
-    "d{v}  {term}d{v}  {V}·{relation}·{side}  {V}{v}  {v}·{op}·{v}  {v}{d}  {num}  {v}·+·{d}  "
-    "{v}{v}·+·{v}  {term}·{relation}·{term}·{relation}·{term}  {V}·{op}·{V}  "
-    "{fn}{d}·+·{fn}{d}{v}·=·{num}",
+    "d{v}  d{v}·{op}·{v}  |{f}({v})|d{v}  {v}{d}·=·{v}{d}  {v}{v}{v}{v}  {d}{v}{v}π  "
+    "{v}!·{op}·{d}  {v}·=·({num}  {term}d{v}  {V}·{relation}·{side}  {V}{v}  {v}·{op}·{v}  "
+    "{v}{d}  {num}  {v}·+·{d}  {v}{v}·+·{v}  {term}·{relation}·{term}·{relation}·{term}  "
+    "{V}·{op}·{V}  {fn}{d}·+·{fn}{d}{v}·=·{num}",
     "function": "{f}({v})  {f}({term})  {f}({v}·{op}·{num})  {fn}({v})  {fn}{v}  {fn}({d}{v})  "
     "{fn}({d}π{v})  {fn}({term})  {v}{fn}{V}",
     "pair": "({num},·{num})  ({v},·{v})  ({num},·{num},·{num})  {{num},·{num}}  [{num},·{num}]",
@@ -555,9 +561,9 @@ PLACES = {c: PLACES.get(next((g for g in PLACES if c in g), ""), CAPITAL) for c 
 # columns per row; looseness is how much sizes, places and spaces vary; spacing < 0: they touch.
 # writer: samples of each label, of one person or, for whole texts, of all, see People; wide: how
 # much strokes are stretched; joined: whether the letters of a word hang together; point: how high a
-# point stands, since some write it in the middle, as between factors
-FIELDS = "capital stroke slant looseness spacing settings writer wide joined point"
-Hand = namedtuple("Hand", FIELDS, defaults=[None, 1, False, 0])
+# point stands, since some write it in the middle, as between factors; haste: what is rounded off
+FIELDS = "capital stroke slant looseness spacing settings writer wide joined point haste"
+Hand = namedtuple("Hand", FIELDS, defaults=[None, 1, False, 0, 0])
 
 # All steps between points (points, 2), and of each sample where its points begin, how many each of
 # its strokes has, its writer's name, and its label
@@ -668,13 +674,20 @@ def pick_text_writer(kind, label, alone, names, split, settings):
 
 
 def as_written(writer, split, settings):
-    """A Hand that writes with these samples, a pen of any width; training rows lean and stretch."""
-    wide, slant = (2 ** uniform(-0.5, 0.4), gauss(0, 0.15)) if split == "train" else (1, 0)
+    """A Hand that writes with these samples, a pen of any width; training rows lean and hurry."""
+    wide, slant, haste = 1, 0, 0
+    if split == "train":
+        wide, slant, haste = 2 ** uniform(-0.5, 0.4), gauss(0, 0.15), choice([0, uniform(0, 0.08)])
     looseness = uniform(*choice([(0, 0.06), (0, 0.15)]))
     spacing = uniform(*choice([(-0.08, 0.1), (0, 0.35), (0.1, 0.6)]))
     stroke = choice([uniform(0.04, 0.07), uniform(0.05, 0.11)])
-    shape = settings, writer, wide, chance(0.4), choice([0, 0, 0, 0, 0.4])
+    shape = settings, writer, wide, chance(0.4), choice([0, 0, 0, 0, 0.4]), haste
     return Hand(randint(20, 34), stroke, slant, looseness, spacing, *shape)
+
+
+def in_capitals(expression):
+    """An expression as some write it: sin and cos with a capital, x as large as X."""
+    return re.sub("sin|cos|x", lambda m: m[0].capitalize() if chance(0.15) else m[0], expression)
 
 
 def composed(text, hand, split):
@@ -781,6 +794,8 @@ def traced(strokes, scale, hand):
     # Not as a product of matrices, whose last bit is another on another processor
     lines = [np.stack([hand.wide * x - hand.slant * y, y], 1) for x, y in (s.T for s in strokes)]
     lines = [line * np.float32(2 * scale) for line in lines]  # (points, 2) each
+    if hand.haste:
+        lines = [hurried(line, 2 * hand.haste * hand.capital) for line in lines]
     every = np.concatenate(lines)
     low, size = every.min(0), np.ceil(np.ptp(every, 0) / 2).astype(int) * 2 + 2 * (width // 2 + 1)
     glyph = np.zeros(size[::-1], np.uint8)
@@ -790,6 +805,18 @@ def traced(strokes, scale, hand):
     ends = np.stack([lines[0][0], max(lines, key=len)[-1]])  # (2, 2)
     glyph = cv2.resize(glyph, (size // 2).tolist(), interpolation=cv2.INTER_AREA)
     return glyph, (ends - low + width // 2 + 1) / 2
+
+
+def hurried(line, reach):
+    """The way of a pen (points, 2), its corners and loops rounded off over a reach in pixels."""
+    steps = np.hypot(*np.diff(line, axis=0).T)  # (points - 1,)
+    along = np.append(0, steps.cumsum())
+    reach = min(reach, along[-1] / 12)  # a sign stays a sign
+    if reach < 0.5:
+        return line
+    even = np.linspace(0, along[-1], int(along[-1]) + 2)
+    x, y = (np.interp(even, along, places) for places in line.T)
+    return cv2.GaussianBlur(np.float32([x, y]), (0, 0), reach, sigmaY=1e-3).T  # (more points, 2)
 
 
 def retraced(text, hand, split):
@@ -1014,6 +1041,19 @@ def pressed(ink, share=1.0):
     return np.where(pressure < 0.35, light, heavy)
 
 
+def starved(ink, share=1.0):
+    """Level or upright strokes nearly lost in places, as by a worn head or a coarse scan."""
+    top, bottom, _, _ = ink_box(ink)
+    if bottom - top < 0.4 * len(ink) or not chance(share):  # a dash would be lost as a whole
+        return ink
+    size = max(2, round(uniform(0.05, 0.12) * len(ink)))
+    thin = cv2.erode(ink, np.ones(choice([(size, 1), (1, size)]), np.uint8))
+    lost = np.clip(
+        3 * clouds(ink.shape, choice([0.5, 1, 2])) - uniform(0.8, 1.8), 0, uniform(0.6, 1)
+    )
+    return ink + np.float32(lost) * (thin - ink)
+
+
 def blur(ink, sigma=(0.4, 0.9), share=1.0):
     return cv2.GaussianBlur(ink, (0, 0), uniform(*sigma)) if chance(share) else ink
 
@@ -1136,12 +1176,16 @@ MONO = "mono|coding|cousine|[Ss]pecial|inconsolata|cascadia|code"
 NARROW = "[Cc]ondensed|narrow|mono|oswald|teko|league|abel|dosis"
 NEEDLES = f"{MONO}|vt323|dot|pixel|press|silk|tiny"
 CLEAN, LIGHT = dict(dark=(0, 90), light=(205, 255)), dict(light=(205, 255))
-NEEDLE, FAINT = CLEAN | dict(light_on_dark=0.2), dict(dark=(40, 150), light=(215, 250))
+NEEDLE, FAINT = (
+    CLEAN | dict(light_on_dark=0.2, grain=(0, 6, 14)),
+    dict(dark=(40, 150), light=(215, 250)),
+)
 UNEVEN, USED = dict(shade=0.5, patches=(0.3, 1.2)), dict(shade=0.25, patches=(2, 10), waves=0.3)
 SNAPSHOT = UNEVEN | dict(dark=(13, 128), light=(140, 250), grain=(2, 5, 9), jpeg=(20, 75))
 USED |= dict(dark=(13, 102), light=(160, 250), grain=(2, 5, 10, 18))
 PLATE = dict(dark=(0, 130), light=(130, 255), grain=(0, 2, 5), light_on_dark=0.5)
 HEATED = [
+    partial(starved, share=0.3),
     partial(pressed, share=0.4),
     partial(faded, patches=2, least=0.4, dead=0.15),
     partial(coarse, rows=(15, 24)),
@@ -1151,9 +1195,10 @@ PRESS = partial(bold, size=(0, 0.06), share=0.3)
 FRAME = partial(form_lines, share=0.35, numbers=[4])
 PAPER = [neighbours, partial(form_lines, share=0.1, numbers=[1, 2])]
 PAPER += [partial(coarse, rows=(28, 48), ragged=0.6), partial(blur, share=0.5), closely]
-SCANNED = [PRESS, partial(pressed, share=0.3), partial(faded, patches=2, least=0.4)]
+SCANNED = [PRESS, partial(pressed, share=0.3), partial(starved, share=0.2)]
+SCANNED += [partial(faded, patches=2, least=0.4)]
 SCANNED += [partial(room, most=0.15), *PAPER]
-SLIP = dict(dark=(0, 150), light=(215, 255), grain=(0, 2, 6), jpeg=(40, 95))
+SLIP = dict(dark=(0, 150), light=(195, 255), grain=(0, 2, 6, 14), jpeg=(30, 95))
 GROUND = [partial(room, least=0.12), partial(neighbours, aside=True), lettered]
 BOARD, CUT = [PRESS, *GROUND], [closely, busy]
 SIGN = dict(dark=(0, 120), light=(150, 255), grain=(0, 0, 3), light_on_dark=0.6, jpeg=(25, 90))
@@ -1168,7 +1213,9 @@ STYLES = {
     PRINTED: {
         "plain": Style(0, [partial(blur, share=0.4)], LIGHT),
         "typewriter": Style(1, [struck, blur, WEAVE], CLEAN, fonts=MONO),
-        "dot matrix": Style(0.5, [dots, faded], NEEDLE, "receipt", NEEDLES),
+        "dot matrix": Style(
+            1, [partial(stretched, most=1), dots, faded], NEEDLE, "receipt", NEEDLES
+        ),
         "receipt": Style(4, [*HEATED, closely, clipped], SLIP, "receipt", NARROW),
         "scanned": Style(4, [stretched, *SCANNED, clipped], SLIP, "receipt"),
         "one pitch": Style(1, [evenly, *SCANNED], SLIP, "receipt", MONO, cells=True),
@@ -1271,7 +1318,8 @@ def draw(label, alone, row, style, writer, split, share):
     """A label from pen to tones: an image, uint8 (H, W), or None. share: of what is warped."""
     # Only in training rows: the others are to show fonts and characters as they are.
     warp = row.kind != PRINTED and split == "train" and chance(share)
-    pen, texts = (row.cell_pen, label) if style.cells else (row.pen, [label])
+    text = in_capitals(label) if row.texts == "math" and row.pen is composed else label
+    pen, texts = (row.cell_pen, text) if style.cells else (row.pen, [text])
     inks = [pen(text, writer, split) for text in texts]  # (h, w) each
     if any(ink is None for ink in inks):
         return None
