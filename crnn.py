@@ -24,13 +24,14 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageDraw, ImageFilter, ImageFont, ImageOps, UnidentifiedImageError
 from torch import nn
 from torch.nn.utils import fuse_conv_bn_eval
 
 BLANK = 0  # class of the CTC blank; the characters of a charset follow from class 1
 HEIGHT = 32  # rows of the tensor that the network sees, in pixels; a multiple of 8
 PIXELS_PER_FRAME = 4  # horizontal stride of the CNN
+SMOOTHING = 0.65  # pixels, radius of a blur: scans that were large come out harder than small ones
 MAX_ASPECT = 256  # width over height beyond which an image is no line (400 characters have 200)
 MIN_TONES = 40  # of 256 grey levels: fainter images are not stretched, so that blank stays blank
 INK_TONE = 140  # of 256, paper being 255: darker pixels count as ink where lines are measured,
@@ -216,7 +217,8 @@ def at_height(grey, top=0.0, bottom=1.0, stretch=1.0):
     """A grey PIL image, or its part from top to bottom (0 to 1), as uint8 (HEIGHT, W)."""
     box = (0, top * grey.height, grey.width, bottom * grey.height)
     width = max(1, round(grey.width * stretch * HEIGHT / (box[3] - box[1])))
-    return dark_on_light(np.asarray(grey.resize((width, HEIGHT), Image.Resampling.BICUBIC, box)))
+    small = grey.resize((width, HEIGHT), Image.Resampling.BICUBIC, box)
+    return dark_on_light(np.asarray(small.filter(ImageFilter.GaussianBlur(SMOOTHING))))
 
 
 def dark_on_light(grey):

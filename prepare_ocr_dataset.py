@@ -1191,10 +1191,10 @@ HEATED = [
     partial(coarse, rows=(15, 24)),
 ]
 WEAVE = partial(faded, patches=14, least=0.2)  # of an inked ribbon
-PRESS = partial(bold, size=(0, 0.06), share=0.3)
+PRESS = partial(bold, size=(0, 0.06), share=0.4)
 FRAME = partial(form_lines, share=0.35, numbers=[4])
 PAPER = [neighbours, partial(form_lines, share=0.1, numbers=[1, 2])]
-PAPER += [partial(coarse, rows=(28, 48), ragged=0.6), partial(blur, share=0.5), closely]
+PAPER += [partial(coarse, rows=(20, 48), ragged=0.6), partial(blur, share=0.5), closely]
 SCANNED = [PRESS, partial(pressed, share=0.3), partial(starved, share=0.2)]
 SCANNED += [partial(faded, patches=2, least=0.4)]
 SCANNED += [partial(room, most=0.15), *PAPER]

@@ -279,7 +279,7 @@ def moved(ink, strength):
 
 
 def worn(ink, strength):
-    """Ink (N, 1, H, W) thicker or thinner, on ruled paper, blurred, fainter and noisy."""
+    """Ink (N, 1, H, W) thicker or thinner, on ruled paper, blurred or sharp, faint and noisy."""
     (n, _, height, width), spread = ink.shape, spreading(ink, strength)
     weight = (spread(n, 1, 1, 1) - 0.1) * some(n, 0.5, ink)
     thicker, thinner = over3x3(ink, torch.maximum), over3x3(ink, torch.minimum)
@@ -287,7 +287,7 @@ def worn(ink, strength):
     ink = ink + (-weight).clamp(min=0) * 0.35 * (thinner - ink)
     if width > 2 * height:  # in narrow images a ruled line could be taken for a dash
         ink = torch.maximum(ink, ruled_lines(ink) * some(n, 1 / 12, ink) * min(1, strength))
-    blur = spread(n, 1, 1, 1).clamp(min=0) * some(n, 0.3, ink)
+    blur = spread(n, 1, 1, 1) * some(n, 0.7, ink)  # below 0: sharper, as large scans come out
     ink = ink + blur * (over3x3(ink, torch.add) / 9 - ink)
     contrast, noise = 1 + spread(n, 1, 1, 1) * 0.15, spread(n, 1, 1, 1).clamp(min=0) * 0.08
     return ink * contrast + noise * torch.randn_like(ink)
