@@ -185,6 +185,15 @@ def test_odd_sizes_keep_their_aspect_and_faint_noise_is_not_ink():
     assert load_image(Image.fromarray(noise)).min() > 190
 
 
+def test_hard_edges_are_softened():
+    hard = np.full((32, 60), 255, np.uint8)
+    hard[:, 10:20] = hard[:, 40] = 0
+    row = load_image(hard)[16]
+    assert row[15] == 0
+    assert 40 < row[40] < 140
+    assert row[39] == row[41] < 230
+
+
 def test_small_and_condensed_lines_are_seen_closer():
     small = small_line((400, 120), "Serial 4711", (60, 50))
     seen, plain = load_image(small), crnn.at_height(small)

@@ -342,6 +342,32 @@ def test_other_ways_to_write_a_character(prepare):
         assert sign * np.diff(slanted[:, 1]) > 1
 
 
+def test_a_hurried_pen_rounds_corners_off_and_leaves_dots_alone(prepare):
+    corner = np.float32([(0, 0), (100, 0), (100, 100)])
+    rounded = prepare.hurried(corner, 8.0)
+    assert np.abs(rounded[[0, -1]] - corner[[0, -1]]).max() < 8  # it begins and ends there
+    assert 2 < np.hypot(*(rounded - corner[1]).T).min() < 8
+    dot = np.float32([(5, 5), (6, 5)])
+    assert np.array_equal(prepare.hurried(dot, 8.0), dot)
+
+
+def test_an_expression_written_in_capitals_keeps_its_label(prepare):
+    written = {prepare.in_capitals("sin x+cos y=t") for _ in range(300)}
+    assert {"Sin x+cos y=t", "sin X+cos y=t", "sin x+Cos y=t"} <= written
+    assert {text.lower() for text in written} == {"sin x+cos y=t"}
+
+
+def test_a_worn_head_loses_strokes_of_one_direction_and_no_dash(prepare):
+    cross = np.zeros((40, 60), np.float32)
+    cross[18:21, 10:50] = cross[2:38, 28:31] = 1
+    lost = [(cross - prepare.starved(cross)).clip(0) for _ in range(50)]
+    assert max(part[18:21, 10:25].max() for part in lost) > 0.5
+    assert max(part[4:15, 28:31].max() for part in lost) > 0.5
+    assert not any(part[19, 15] > 0 and part[8, 29] > 0 for part in lost)  # both at once
+    dash = cross * (np.arange(40) > 17)[:, None] * (np.arange(40) < 21)[:, None]
+    assert np.array_equal(prepare.starved(dash), dash)
+
+
 def test_letters_of_a_joined_hand_hang_together(prepare):
     random.seed(0)
     without_chance(prepare)
