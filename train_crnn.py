@@ -318,7 +318,7 @@ def empty_paper(like):
         rand(n, 1, 1) < 0.5, middle, light[..., 1]
     )  # some lit from one side
     shade = F.interpolate(light, (height, width), mode="bilinear", align_corners=True)
-    grain, soft = torch.randn_like(like), rand(n, 1, 1, 1)
+    grain, soft = torch.randn_like(like), 0.5 + rand(n, 1, 1, 1) / 2  # it is smoothed as well
     grain = soft * 2 / 9 * over3x3(grain, torch.add) + (1 - soft) * grain
     ink = rand(n, 1, 1, 1) ** 2 * shade + 0.3 * rand(n, 1, 1, 1) ** 2 * grain  # most are faint
     ink = ink * some(n, 0.75, ink)
