@@ -408,7 +408,7 @@ PAGE = (
     "<!doctype html><meta charset=utf-8><meta name=viewport content='width=device-width'>"
     "<title>Report</title><style>body{font:15px/1.5 sans-serif;max-width:75em;margin:2em auto;"
     "padding:0 1em}table{border-collapse:collapse}td,th{padding:2px 12px;text-align:left}"
-    "th{white-space:pre}div{overflow-x:auto}img{max-width:100%}</style>"
+    "th{white-space:pre}div{overflow-x:auto}img{max-width:100%}h1{overflow-wrap:anywhere}</style>"
 )
 
 

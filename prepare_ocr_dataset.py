@@ -1048,10 +1048,8 @@ def starved(ink, share=1.0):
         return ink
     size = max(2, round(uniform(0.05, 0.12) * len(ink)))
     thin = cv2.erode(ink, np.ones(choice([(size, 1), (1, size)]), np.uint8))
-    lost = np.clip(
-        3 * clouds(ink.shape, choice([0.5, 1, 2])) - uniform(0.8, 1.8), 0, uniform(0.6, 1)
-    )
-    return ink + np.float32(lost) * (thin - ink)
+    lost = 3 * clouds(ink.shape, choice([0.5, 1, 2])) - uniform(0.8, 1.8)  # (H, W)
+    return ink + np.float32(lost.clip(0, uniform(0.6, 1))) * (thin - ink)
 
 
 def blur(ink, sigma=(0.4, 0.9), share=1.0):
@@ -1176,10 +1174,8 @@ MONO = "mono|coding|cousine|[Ss]pecial|inconsolata|cascadia|code"
 NARROW = "[Cc]ondensed|narrow|mono|oswald|teko|league|abel|dosis"
 NEEDLES = f"{MONO}|vt323|dot|pixel|press|silk|tiny"
 CLEAN, LIGHT = dict(dark=(0, 90), light=(205, 255)), dict(light=(205, 255))
-NEEDLE, FAINT = (
-    CLEAN | dict(light_on_dark=0.2, grain=(0, 6, 14)),
-    dict(dark=(40, 150), light=(215, 250)),
-)
+NEEDLE = CLEAN | dict(light_on_dark=0.2, grain=(0, 6, 14))
+FAINT = dict(dark=(40, 150), light=(215, 250))
 UNEVEN, USED = dict(shade=0.5, patches=(0.3, 1.2)), dict(shade=0.25, patches=(2, 10), waves=0.3)
 SNAPSHOT = UNEVEN | dict(dark=(13, 128), light=(140, 250), grain=(2, 5, 9), jpeg=(20, 75))
 USED |= dict(dark=(13, 102), light=(160, 250), grain=(2, 5, 10, 18))
@@ -1190,6 +1186,7 @@ HEATED = [
     partial(faded, patches=2, least=0.4, dead=0.15),
     partial(coarse, rows=(15, 24)),
 ]
+WIDENED = partial(stretched, most=1)
 WEAVE = partial(faded, patches=14, least=0.2)  # of an inked ribbon
 PRESS = partial(bold, size=(0, 0.06), share=0.4)
 FRAME = partial(form_lines, share=0.35, numbers=[4])
@@ -1213,9 +1210,7 @@ STYLES = {
     PRINTED: {
         "plain": Style(0, [partial(blur, share=0.4)], LIGHT),
         "typewriter": Style(1, [struck, blur, WEAVE], CLEAN, fonts=MONO),
-        "dot matrix": Style(
-            1, [partial(stretched, most=1), dots, faded], NEEDLE, "receipt", NEEDLES
-        ),
+        "dot matrix": Style(1, [WIDENED, dots, faded], NEEDLE, "receipt", NEEDLES),
         "receipt": Style(4, [*HEATED, closely, clipped], SLIP, "receipt", NARROW),
         "scanned": Style(4, [stretched, *SCANNED, clipped], SLIP, "receipt"),
         "one pitch": Style(1, [evenly, *SCANNED], SLIP, "receipt", MONO, cells=True),
