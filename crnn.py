@@ -214,7 +214,7 @@ def mixed(image):
 
 
 def at_height(grey, top=0.0, bottom=1.0, stretch=1.0):
-    """A grey PIL image, or its part from top to bottom (0 to 1), as uint8 (HEIGHT, W)."""
+    """A grey PIL image, or its part from top to bottom (0 to 1), smoothed: uint8 (HEIGHT, W)."""
     box = (0, top * grey.height, grey.width, bottom * grey.height)
     width = max(1, round(grey.width * stretch * HEIGHT / (box[3] - box[1])))
     small = grey.resize((width, HEIGHT), Image.Resampling.BICUBIC, box)
