@@ -31,7 +31,7 @@ from torch.nn.utils import fuse_conv_bn_eval
 BLANK = 0  # class of the CTC blank; the characters of a charset follow from class 1
 HEIGHT = 32  # rows of the tensor that the network sees, in pixels; a multiple of 8
 PIXELS_PER_FRAME = 4  # horizontal stride of the CNN
-SMOOTHING = 0.65  # pixels, radius of a blur: scans that were large come out harder than small ones
+SMOOTHING = 0.8  # pixels, radius of a blur where text fills the height: some scans are harder
 MAX_ASPECT = 256  # width over height beyond which an image is no line (400 characters have 200)
 MIN_TONES = 40  # of 256 grey levels: fainter images are not stretched, so that blank stays blank
 INK_TONE = 140  # of 256, paper being 255: darker pixels count as ink where lines are measured,
@@ -128,10 +128,7 @@ def load_image(source):
             check_size(image)
             grey = to_grey(ImageOps.exif_transpose(image))
         check_lines(grey)
-        pixels = at_height(grey)
-        view = closer_view(pixels)
-        if view:
-            pixels = at_height(grey, *view)
+        pixels = at_height(grey, *closer_view(at_height(grey)))
     except FileNotFoundError:
         raise InputError(f"{name}: no such file or folder") from None
     except UnidentifiedImageError:
@@ -213,12 +210,12 @@ def mixed(image):
     return ImageOps.autocontrast(grey)
 
 
-def at_height(grey, top=0.0, bottom=1.0, stretch=1.0):
-    """A grey PIL image, or its part from top to bottom (0 to 1), smoothed: uint8 (HEIGHT, W)."""
+def at_height(grey, top=0.0, bottom=1.0, stretch=1.0, smoothing=0.0):
+    """A grey PIL image, or its part from top to bottom (0 to 1), as uint8 (HEIGHT, W)."""
     box = (0, top * grey.height, grey.width, bottom * grey.height)
     width = max(1, round(grey.width * stretch * HEIGHT / (box[3] - box[1])))
     small = grey.resize((width, HEIGHT), Image.Resampling.BICUBIC, box)
-    return dark_on_light(np.asarray(small.filter(ImageFilter.GaussianBlur(SMOOTHING))))
+    return dark_on_light(np.asarray(small.filter(ImageFilter.GaussianBlur(smoothing))))
 
 
 def dark_on_light(grey):
@@ -237,27 +234,30 @@ def dark_on_light(grey):
 
 
 def closer_view(image):
-    """What at_height should change about an image, uint8 (H, W): (top, bottom, stretch) or None.
+    """What at_height should change about an image, uint8 (H, W): (top, bottom, stretch, smoothing).
 
-    Text is easiest to read at the size and pitch that most of it has.
+    Text is easiest to read at the size and pitch that most of it has; the smaller it is, the more
+    would smoothing take from it.
     """
     height, ink = len(image), image < INK_TONE
     top, bottom = inked_rows(ink)
     if top == bottom:
-        return None
+        return 0.0, 1.0, 1.0, SMOOTHING
     rows, line = ink[top:bottom], bottom - top
+    as_it_is = 0.0, 1.0, 1.0, SMOOTHING * line / height
     columns = np.flatnonzero(rows.any(0))
     width = int(columns[-1] - columns[0]) + 1
     starts = np.count_nonzero(rows[:, 1:] > rows[:, :-1], axis=1) + rows[:, 0]  # strokes of a row
     strokes = float(np.sort(starts)[-max(1, line // 3) :].mean())  # of the fullest third of them
     if strokes < MIN_STROKES:  # its place and size tell a comma from a quote and c from C
-        return None
+        return as_it_is
     first, last = 0.0, 1.0
     if height / 8 <= line < LOW_LINE * height and width > 2.5 * line:
         middle, reach = (top + bottom) / 2 / height, line / USUAL_LINE / 2 / height
         first, last = max(0.0, middle - reach), min(1.0, middle + reach)
     stretch = min(max(USUAL_PITCH * strokes * (last - first) / width, 1.0), 1.5)
-    return (first, last, stretch) if stretch > 1.05 or last - first < 1 else None
+    stretch = stretch if stretch > 1.05 else 1.0
+    return first, last, stretch, SMOOTHING * line / height / (last - first)
 
 
 def inked_rows(ink):

@@ -445,6 +445,11 @@ def with_loan(font, fonts):
     return font._replace(characters=font.characters | set(lacking), **loan)
 
 
+def pixels(least, most):
+    """The size of a line; one in three twice as large, as good scanners and cameras see it."""
+    return choice([1, 1, 2]) * randint(least, most)
+
+
 def pick_font(kind, label, alone, names, split, settings):
     """A Font that draws all of a label, or None; names: a pattern for its file, if any matches."""
     needed, families, matching = frozenset(label), {}, {}
@@ -460,7 +465,7 @@ def pick_font(kind, label, alone, names, split, settings):
     # A family first and then one of its files, so that many weights are not seen more often. Even
     # sizes, so that the cache of typefaces holds every font at every size.
     families = list((matching or families).values())
-    return choice(choice(families))._replace(size=2 * randint(10, 22)) if families else None
+    return choice(choice(families))._replace(size=2 * pixels(10, 22)) if families else None
 
 
 # --------------------------------------------------------------------------------------------------
@@ -652,7 +657,7 @@ def pick_hand(kind, label, alone, names, split, settings):
     if guesswork(label, alone):
         return None
     looseness, spacing = uniform(0.02, 0.1), uniform(-0.1, 0.3)
-    return Hand(randint(20, 34), uniform(0.08, 0.16), gauss(0, 0.2), looseness, spacing, settings)
+    return Hand(pixels(20, 34), uniform(0.08, 0.16), gauss(0, 0.2), looseness, spacing, settings)
 
 
 def pick_writer(kind, label, alone, names, split, settings):
@@ -682,12 +687,14 @@ def as_written(writer, split, settings):
     spacing = uniform(*choice([(-0.08, 0.1), (0, 0.35), (0.1, 0.6)]))
     stroke = choice([uniform(0.04, 0.07), uniform(0.05, 0.11)])
     shape = settings, writer, wide, chance(0.4), choice([0, 0, 0, 0, 0.4]), haste
-    return Hand(randint(20, 34), stroke, slant, looseness, spacing, *shape)
+    return Hand(pixels(20, 34), stroke, slant, looseness, spacing, *shape)
 
 
 def in_capitals(expression):
     """An expression as some write it: sin and cos with a capital, x as large as X."""
-    return re.sub("sin|cos|x", lambda m: m[0].capitalize() if chance(0.15) else m[0], expression)
+    return re.sub(
+        "sin|cos|(?<!e)x", lambda m: m[0].capitalize() if chance(0.15) else m[0], expression
+    )
 
 
 def composed(text, hand, split):
@@ -846,6 +853,9 @@ def bent(ink, warp):
     waves = 0.05 * tall * chance(0.08) * np.sin(np.arange(w) * uniform(3, 18) / tall)
     y = y + waves + rise * (np.arange(w) / w - 0.5)
     ink = cv2.remap(ink, x.astype(np.float32), y.astype(np.float32), cv2.INTER_LINEAR)
+    ink = ((ink - 0.3) * choice([1, 1, 2, 4]) + 0.3).clip(
+        0, 1
+    )  # some as hard as in black and white
     top, bottom, _, _ = ink_box(ink)
     return ink[min(top, more) : max(bottom + 1, h - more)]  # no smaller than if it were not warped
 
@@ -913,7 +923,7 @@ def clouds(shape, patches):
 
 def lined(ink, lines, tone=(0.3, 1), widths=(1, 1, 2)):
     """Ink with straight lines from (x, y) to (x, y) of a tone."""
-    mask, width = np.zeros(ink.shape, np.uint8), choice(widths)
+    mask, width = np.zeros(ink.shape, np.uint8), round(choice(widths) * max(1, len(ink) / 50))
     for a, b in lines:
         cv2.line(mask, tuple(map(round, a)), tuple(map(round, b)), 255, width, cv2.LINE_AA)
     return np.maximum(ink, mask.astype(np.float32) * (uniform(*tone) / 255))
