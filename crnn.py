@@ -31,7 +31,7 @@ from torch.nn.utils import fuse_conv_bn_eval
 BLANK = 0  # class of the CTC blank; the characters of a charset follow from class 1
 HEIGHT = 32  # rows of the tensor that the network sees, in pixels; a multiple of 8
 PIXELS_PER_FRAME = 4  # horizontal stride of the CNN
-SMOOTHING = 0.8  # pixels, radius of a blur where text fills the height: some scans are harder
+SMOOTHING = 0.8  # pixels, radius of a blur where text fills the height: scans have harder edges
 MAX_ASPECT = 256  # width over height beyond which an image is no line (400 characters have 200)
 MIN_TONES = 40  # of 256 grey levels: fainter images are not stretched, so that blank stays blank
 INK_TONE = 140  # of 256, paper being 255: darker pixels count as ink where lines are measured,
@@ -211,7 +211,10 @@ def mixed(image):
 
 
 def at_height(grey, top=0.0, bottom=1.0, stretch=1.0, smoothing=0.0):
-    """A grey PIL image, or its part from top to bottom (0 to 1), as uint8 (HEIGHT, W)."""
+    """A grey PIL image, or its part from top to bottom (0 to 1): uint8 (HEIGHT, W).
+
+    smoothing: the radius of a blur, in pixels.
+    """
     box = (0, top * grey.height, grey.width, bottom * grey.height)
     width = max(1, round(grey.width * stretch * HEIGHT / (box[3] - box[1])))
     small = grey.resize((width, HEIGHT), Image.Resampling.BICUBIC, box)
@@ -237,11 +240,11 @@ def closer_view(image):
     """What at_height should change about an image, uint8 (H, W): (top, bottom, stretch, smoothing).
 
     Text is easiest to read at the size and pitch that most of it has; the smaller it is, the more
-    would smoothing take from it.
+    smoothing would take from it.
     """
     height, ink = len(image), image < INK_TONE
     top, bottom = inked_rows(ink)
-    if top == bottom:
+    if top == bottom:  # specks or a lone dot: no size to go by
         return 0.0, 1.0, 1.0, SMOOTHING
     rows, line = ink[top:bottom], bottom - top
     as_it_is = 0.0, 1.0, 1.0, SMOOTHING * line / height

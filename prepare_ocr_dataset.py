@@ -344,7 +344,7 @@ Font = namedtuple("Font", FIELDS, defaults=[False, 0, "", ""])
 SPACES = [1.7] * 9 + [6]  # the widest, in the font's own; in one line of ten columns are far apart
 
 # A font file at a size in pixels; in the basic layout, since every text is shaped twice
-typeface = lru_cache(8192)(partial(ImageFont.truetype, layout_engine=ImageFont.Layout.BASIC))
+typeface = lru_cache(12_000)(partial(ImageFont.truetype, layout_engine=ImageFont.Layout.BASIC))
 
 
 @cache
@@ -445,8 +445,8 @@ def with_loan(font, fonts):
     return font._replace(characters=font.characters | set(lacking), **loan)
 
 
-def pixels(least, most):
-    """The size of a line; one in three twice as large, as good scanners and cameras see it."""
+def size_of_line(least, most):
+    """From least to most; for one line in three doubled, as good scanners and cameras see it."""
     return choice([1, 1, 2]) * randint(least, most)
 
 
@@ -465,7 +465,7 @@ def pick_font(kind, label, alone, names, split, settings):
     # A family first and then one of its files, so that many weights are not seen more often. Even
     # sizes, so that the cache of typefaces holds every font at every size.
     families = list((matching or families).values())
-    return choice(choice(families))._replace(size=2 * pixels(10, 22)) if families else None
+    return choice(choice(families))._replace(size=2 * size_of_line(10, 22)) if families else None
 
 
 # --------------------------------------------------------------------------------------------------
@@ -657,7 +657,9 @@ def pick_hand(kind, label, alone, names, split, settings):
     if guesswork(label, alone):
         return None
     looseness, spacing = uniform(0.02, 0.1), uniform(-0.1, 0.3)
-    return Hand(pixels(20, 34), uniform(0.08, 0.16), gauss(0, 0.2), looseness, spacing, settings)
+    return Hand(
+        size_of_line(20, 34), uniform(0.08, 0.16), gauss(0, 0.2), looseness, spacing, settings
+    )
 
 
 def pick_writer(kind, label, alone, names, split, settings):
@@ -687,11 +689,11 @@ def as_written(writer, split, settings):
     spacing = uniform(*choice([(-0.08, 0.1), (0, 0.35), (0.1, 0.6)]))
     stroke = choice([uniform(0.04, 0.07), uniform(0.05, 0.11)])
     shape = settings, writer, wide, chance(0.4), choice([0, 0, 0, 0, 0.4]), haste
-    return Hand(pixels(20, 34), stroke, slant, looseness, spacing, *shape)
+    return Hand(size_of_line(20, 34), stroke, slant, looseness, spacing, *shape)
 
 
 def in_capitals(expression):
-    """An expression as some write it: sin and cos with a capital, x as large as X."""
+    """An expression as some write it: sin and cos with a capital, x as large as X, but for exp."""
     return re.sub(
         "sin|cos|(?<!e)x", lambda m: m[0].capitalize() if chance(0.15) else m[0], expression
     )
@@ -835,11 +837,14 @@ def retraced(text, hand, split):
 
 # --------------------------------------------------------------------------------------------------
 # Styles: how a line looks in the real world. It is bent, cut out, or set in cells; then a chain of
-# effects is done to its ink, float32 (H, W), all lengths in parts of its height; then come tones.
+# effects is done to its ink, float32 (H, W), most lengths in parts of its height; then come tones.
 
 
 def bent(ink, warp):
-    """A line (H, W) turned a little and now and then in waves; warp: as if by another hand."""
+    """A line (H, W) turned a little, now and then in waves, some with hard edges.
+
+    warp: as if by another hand.
+    """
     angle = uniform(-1, 1) * choice([0, 0, 1, 2, 3])  # degrees
     rise = np.tan(np.radians(angle)) * ink.shape[1]
     tall, room, more = len(ink), round(abs(rise) / 2) + 1, warp * len(ink) // 8  # to move into
@@ -853,9 +858,9 @@ def bent(ink, warp):
     waves = 0.05 * tall * chance(0.08) * np.sin(np.arange(w) * uniform(3, 18) / tall)
     y = y + waves + rise * (np.arange(w) / w - 0.5)
     ink = cv2.remap(ink, x.astype(np.float32), y.astype(np.float32), cv2.INTER_LINEAR)
-    ink = ((ink - 0.3) * choice([1, 1, 2, 4]) + 0.3).clip(
-        0, 1
-    )  # some as hard as in black and white
+    # Some edges as hard as in black and white, around a tone so low that thin strokes stay
+    pivot = 0.3 * ink.max()
+    ink = ((ink - pivot) * choice([1, 1, 2, 4]) + pivot).clip(0, 1)
     top, bottom, _, _ = ink_box(ink)
     return ink[min(top, more) : max(bottom + 1, h - more)]  # no smaller than if it were not warped
 
@@ -922,7 +927,7 @@ def clouds(shape, patches):
 
 
 def lined(ink, lines, tone=(0.3, 1), widths=(1, 1, 2)):
-    """Ink with straight lines from (x, y) to (x, y) of a tone."""
+    """Ink with straight lines from (x, y) to (x, y) of a tone; widths: in pixels, of 50 rows."""
     mask, width = np.zeros(ink.shape, np.uint8), round(choice(widths) * max(1, len(ink) / 50))
     for a, b in lines:
         cv2.line(mask, tuple(map(round, a)), tuple(map(round, b)), 255, width, cv2.LINE_AA)

@@ -101,7 +101,7 @@ def by_pillow(text, font):
 
 def test_a_third_of_the_lines_are_twice_as_large(prepare):
     random.seed(0)
-    sizes = [prepare.pixels(10, 22) for _ in range(600)]
+    sizes = [prepare.size_of_line(10, 22) for _ in range(600)]
     assert set(sizes) == {*range(10, 23), *range(20, 45, 2)}
     assert 0.15 < np.mean(np.greater(sizes, 22)) < 0.4
 
@@ -362,6 +362,15 @@ def test_an_expression_written_in_capitals_keeps_its_label(prepare):
     written = {prepare.in_capitals("sin x+cos y=t") for _ in range(300)}
     assert {"Sin x+cos y=t", "sin X+cos y=t", "sin x+Cos y=t"} <= written
     assert {text.lower() for text in written} == {"sin x+cos y=t"}
+    assert {prepare.in_capitals("exp(y)") for _ in range(300)} == {"exp(y)"}
+
+
+def test_hard_edges_leave_thin_and_faint_strokes(prepare):
+    thin = np.zeros((40, 60), np.float32)
+    thin[20, 10:50] = 0.4
+    bent = [prepare.bent(thin, False) for _ in range(100)]
+    assert min(ink.max(0)[18:50].min() for ink in bent) > 0.1
+    assert max(ink.max() for ink in bent) > 0.9
 
 
 def test_a_worn_head_loses_strokes_of_one_direction_and_no_dash(prepare):
