@@ -366,6 +366,7 @@ def test_an_expression_written_in_capitals_keeps_its_label(prepare):
 
 
 def test_hard_edges_leave_thin_and_faint_strokes(prepare):
+    random.seed(0)
     thin = np.zeros((40, 60), np.float32)
     thin[20, 10:50] = 0.4
     bent = [prepare.bent(thin, False) for _ in range(100)]
