@@ -247,20 +247,20 @@ def closer_view(image):
     if top == bottom:  # specks or a lone dot: no size to go by
         return 0.0, 1.0, 1.0, SMOOTHING
     rows, line = ink[top:bottom], bottom - top
-    as_it_is = 0.0, 1.0, 1.0, SMOOTHING * line / height
+    smoothing = SMOOTHING * line / height
     columns = np.flatnonzero(rows.any(0))
     width = int(columns[-1] - columns[0]) + 1
     starts = np.count_nonzero(rows[:, 1:] > rows[:, :-1], axis=1) + rows[:, 0]  # strokes of a row
     strokes = float(np.sort(starts)[-max(1, line // 3) :].mean())  # of the fullest third of them
     if strokes < MIN_STROKES:  # its place and size tell a comma from a quote and c from C
-        return as_it_is
+        return 0.0, 1.0, 1.0, smoothing
     first, last = 0.0, 1.0
     if height / 8 <= line < LOW_LINE * height and width > 2.5 * line:
         middle, reach = (top + bottom) / 2 / height, line / USUAL_LINE / 2 / height
         first, last = max(0.0, middle - reach), min(1.0, middle + reach)
     stretch = min(max(USUAL_PITCH * strokes * (last - first) / width, 1.0), 1.5)
     stretch = stretch if stretch > 1.05 else 1.0
-    return first, last, stretch, SMOOTHING * line / height / (last - first)
+    return first, last, stretch, smoothing / (last - first)
 
 
 def inked_rows(ink):

@@ -273,10 +273,10 @@ def reading():
     plain = (rows.source == "trdg_custom") & (rows["style"] == "plain")
     for row in rows[(rows.split != "train") & plain & ~rows.label.str.contains(" ")].itertuples():
         with Image.open(DEFAULT_CSV.parent / row.image_path) as image:
-            grey = image.convert("L").resize((round(image.width * 32 / image.height), 32))
-        if 80 <= grey.width <= 120 and len(words) < READING_WORDS:
+            grey = crnn.at_height(image.convert("L"))  # (32, W)
+        if 80 <= grey.shape[1] <= 120 and len(words) < READING_WORDS:
             name = Path(row.image_path).name
-            Image.fromarray(crnn.dark_on_light(np.asarray(grey))).save(folder / name)
+            Image.fromarray(grey).save(folder / name)
             words.append((name, row.label, "words"))
     table = pd.DataFrame(words, columns=["image_path", "label", "source"])
     prepare_ocr_dataset.write_labels(table, folder / "words.csv")
