@@ -610,6 +610,9 @@ def workers_per_process(number):
 def join_processes(backend="gloo"):
     """Meet the others, if there are any; only the first prints from then on."""
     if world_size() > 1:
+        # Before the group is there, which the defaults of its functions would hold for good
+        import torch.distributed.nn.functional  # noqa: F401, see leave_processes
+
         dist.init_process_group(backend, timeout=timedelta(days=1))  # drawing millions takes long
         if rank():
             sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115, for good
@@ -622,8 +625,8 @@ def wait_for_all():
 
 
 def leave_processes():
-    """Leave the process group."""
-    # Or gloo's threads may kill a process while the interpreter shuts down (pytorch PR 179291).
+    """Leave the process group, which nothing may hold any more."""
+    # Or gloo's threads may abort a process while the interpreter shuts down (pytorch PR 179291).
     if world_size() > 1:
         dist.destroy_process_group()
 

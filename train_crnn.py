@@ -716,6 +716,7 @@ def main():
         print(f"\nstopped after epoch {state['epoch']}; with RESUME = True it goes on from there")
         if state["best"] < 0 or world_size() > 1:
             return 130
+    del trained  # it holds the process group
     finish(state, device, val, test)
     crnn.leave_processes()
 

@@ -70,6 +70,7 @@ def test_two_processes_learn_what_one_does(by_heart, tmp_path):
     output = by_heart.run(tmp_path, processes=2)
     assert len(re.findall("^Epoch", output, re.M)) == 20  # one of them speaks
     assert output.count("✅") == 1
+    assert "gloo" not in output  # no thread of the process group is left at the end
     assert "20 epochs of 4 batches on cpu" in output
     assert re.search(r"^Epoch 20/20 .* Accuracy: (100|9\d)\.", output, re.M)
     assert re.search(r"custom +32 +(100|9\d)\.", output)  # every test row is read once
