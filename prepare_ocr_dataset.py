@@ -119,6 +119,7 @@ def find_words():
 # --------------------------------------------------------------------------------------------------
 # Texts: a grammar. Alternatives are two spaces apart; {name} is another entry or a terminal, 0 a
 # random digit, · a gap, the same all over a text: a space or nothing. First what stands on paper.
+# An x between numbers stands in amounts only, which are printed: by hand, nobody tells it from ×.
 
 GRAMMAR = {
     "words": "{word}  {word}  {word}  {word} {word}  {word} {word}  {word} {word} {word}",
@@ -128,7 +129,7 @@ GRAMMAR = {
     "{Word} {A}. {Word}  Mr. {Word}  Mrs. {Word}  Dr. {Word}  {Word}-{Word}  O'{Word}",
     "item": "{n} x {Word}  {n} x {Word}  {n} x {word}  {n}x {Word}  {Word} x{n}  {n} {Word}  "
     "{Word} {n}  {Word}: {n}  {Word} {price}  {Word} ${price}  {Word} (${price})  {n}. {Word}  "
-    "{Word}: ${price}  {n} x {price}  {Word} no. {n}  {word} {word} {price}",
+    "{Word}: ${price}  {Word} no. {n}  {word} {word} {price}",
     "punctuated": '{word}.  {word},  {word}!  {word}?  {word}:  {word};  ({word})  "{word}"  '
     "'{word}'  [{word}]  {{word}}  <{word}>  {word}'s  {word}...  {word}, {word}  {word}. {Word}  "
     "{word}: {n}  {word}; {word}  {word}-{word}  {word}/{word}  {word} & {word}  {word} - {word}  "
@@ -140,13 +141,13 @@ GRAMMAR = {
     "number": "{n}  0000  {digits}  {digits}  {n},000  00,000,000  {n}.{n}  +{n}.0  -{n}.00  "
     "{d}e{n}  {d}e-{d}  ${price}  {price}  00,00-  ${n},000.00  {n}%  00.0 %  {date}  {date}  "
     "{date}  {date}  {date}  {time}  {time}  {time}  (000) 000-0000  +00 000 000 0000  000-0000  "
-    "#{n}  #000{n}  {n} 000  000 000 {n}  00 00 00  0000 0000 0000  No. {n}  {n}/{n}  {n}x{n}  "
+    "#{n}  #000{n}  {n} 000  000 000 {n}  00 00 00  0000 0000 0000  No. {n}  {n}/{n}  "
     "{n} kg",
     "code": "{group}  {group}{dash}{group}  {group}{dash}{group}{dash}{group}  {group} {group}",
     "amount": "{price}  {price}  {price}  {d}.00  0.00  {n},{price}  -{price}  ${price}  "
     "RM{price}  {price} EUR  $ {price}  {price}T  {price} SR  {n} X {price}  {d} @ {price}  "
     "@{price}  {d}.00%  ({price})  {d} x {price}  {price} *  {price} {A}  {d}pc @ {price}  "
-    "{price} RM",
+    "{price} RM  {n}x{n}",
     "bill": "{due}  {due}:  {due} :  {due} {price}  {due}: {price}  {due} ($)  {due} @{d}%  "
     "{said}  {date} {time}  {noted}  {noted}: {digits}  {noted} #{n}  {noted} : {n}  "
     "Tel: 00-0000 0000  Tel : +{d} 00 000 0000  Tel. : 00.00.00.00  Tel No. 00-0000-0000  "
@@ -207,9 +208,9 @@ GRAMMAR = {
     "{d}π  π  ({v}·+·{num})  ({v}·-·{num})  -{num}  {num}/{num}  ±{num}  {num}%  {function}  {V}  "
     "{v}{v}  ({side})  {d}({side})",
     "num": "{d}  0  {d}0  {d}00  {d}0.00  0.00  00.0  {d},0  0,00  {d},000  .0",
-    "v": "x  x  x  x  x  x  y  y  y  z  z  a  a  a  b  b  c  c  n  n  n  i  k  k  m  d  f  g  h  "
-    "j  p  q  r  s  t  u  v  w",
-    "V": "A  B  D  E  F  G  H  L  M  N  P  R  T  Y",
+    "v": "x  x  x  x  x  x  x  x  x  x  y  y  y  y  y  a  a  a  a  a  n  n  n  n  n  b  b  b  b  "
+    "c  c  c  z  z  i  i  k  k  m  m  d  d  f  g  h  j  p  q  r  s  t  u  v  w",
+    "V": "A  B  C  C  D  E  F  G  H  L  M  N  P  R  T  Y",
     "f": "f  f  g  h  F  P",
     "fn": "sin  cos  tan  log  ln  lim  cot  exp  min",
     "op": "+  +  +  -  -  -  ×  ÷  ±  *  /",

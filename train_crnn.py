@@ -314,9 +314,8 @@ def empty_paper(like):
     rand = partial(torch.rand, device=like.device)
     light = rand(n, 1, 2, 3)
     middle = (light[..., 0] + light[..., 2]) / 2
-    light[..., 1] = torch.where(
-        rand(n, 1, 1) < 0.5, middle, light[..., 1]
-    )  # some lit from one side
+    aside = rand(n, 1, 1) < 0.5  # some are lit from one side
+    light[..., 1] = torch.where(aside, middle, light[..., 1])
     shade = F.interpolate(light, (height, width), mode="bilinear", align_corners=True)
     grain, soft = torch.randn_like(like), 0.5 + rand(n, 1, 1, 1) / 2  # it is smoothed as well
     grain = soft * 2 / 9 * over3x3(grain, torch.add) + (1 - soft) * grain
@@ -326,7 +325,9 @@ def empty_paper(like):
     if width > 2 * height:
         ink = torch.maximum(ink, ruled_lines(ink) * some(n, 0.25, ink))
     ink = ink / ink.amax((2, 3), keepdim=True).clamp(min=crnn.MIN_TONES / 255)
-    return torch.where(ink.mean((2, 3), keepdim=True) > 0.5, 1 - ink, ink)
+    ink = torch.where(ink.mean((2, 3), keepdim=True) > 0.5, 1 - ink, ink)
+    ends = (rand(n, 1, 1, 1) * 2 * width).clamp(min=8)  # half are narrower than their batch
+    return ink * (torch.arange(width, device=like.device) < ends)
 
 
 def over3x3(x, combine):
