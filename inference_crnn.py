@@ -41,7 +41,7 @@ BATCH_SIZE = 48  # images read at once
 MIN_CONFIDENCE = 0.5  # below this a prediction is marked for a person to check
 PREDICTIONS_CSV = "predictions.csv"  # columns image_path,label,source,prediction,confidence
 PREDICTIONS_JSONL = None  # "predictions.jsonl": a line per image, with every character; None: none
-ONNX_PATH = None  # "crnn.onnx" writes the model so too (pip install onnx onnxscript); None: not
+ONNX_PATH = None  # "crnn.onnx": the model as ONNX too (pip install onnx onnxscript); None: not
 REPORT_DIR = "ocr_crnn_model/report"  # index.html: labels known; check.html: not; None: neither
 NUM_THREADS = os.cpu_count() or 1  # that decode images
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # where to read
@@ -136,7 +136,7 @@ def doubtful_character(reading):
 
 
 def as_json(sample, reading):
-    """A line of results. left and right are parts of the image's width."""
+    """A line of PREDICTIONS_JSONL. left and right are parts of the image's width."""
     path, label, source = sample
     facts = dict(image_path=path.as_posix(), label=label, source=source)
     if reading is None:
@@ -289,7 +289,7 @@ def thumbnail(path):
 
 
 def check_page(rows, folder, file):
-    """A page to correct readings in, as text. What it saves belongs into a folder, as a file."""
+    """The HTML of a page to correct readings in, which saves them as file, meant for folder."""
     with ThreadPoolExecutor(NUM_THREADS) as threads:
         images = threads.map(thumbnail, rows.path)
         images = list(tqdm(images, "check.html", len(rows), unit="img", disable=None))

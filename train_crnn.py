@@ -3,9 +3,9 @@
     python train_crnn.py
     torchrun --nproc_per_node=4 train_crnn.py       (on four GPUs, or four processes of a CPU)
 
-Prints what the data said, one line per epoch, and at the end a table on the test rows. The best
-epoch, by exact match on the validation rows, is in MODEL_PATH, with all that reading needs; beside
-it history.csv and training_curves.png. Stop with Ctrl-C at any time; RESUME goes on from there.
+Prints which rows it leaves out, one line per epoch, and at the end a table of the test rows. The
+best epoch, by exact match on the validation rows, is in MODEL_PATH, with all that reading needs;
+beside it history.csv and training_curves.png. Stop with Ctrl-C at any time; RESUME goes on.
 """
 
 import os
@@ -345,7 +345,7 @@ class Muon(torch.optim.Optimizer):
     """Momentum with orthogonal updates (Keller Jordan 2024, kellerjordan.github.io/posts/muon)."""
 
     # A convolution counts as a matrix (out, in * rows * columns), an LSTM's weight as four,
-    # one a gate. torch's own Muon takes two-dimensional weights only, one at a time.
+    # one per gate. torch's own Muon takes two-dimensional weights only, one at a time.
 
     def __init__(self, matrices, lr, momentum=0.95):
         super().__init__(matrices, dict(lr=lr, momentum=momentum))
@@ -640,7 +640,7 @@ def finish(state, device, val, test):
         print("no epoch read better, so these are the starting weights: more labels may help")
     if not sum(gather(len(test))):
         return
-    print(f"\nTest rows, never trained on, read by epoch {best.facts['epoch']}, folded: O is 0")
+    print(f"\nTest rows, never trained on, read by epoch {best.facts['epoch']} (folded: O = 0)")
     seen = read(best, test)
     for column in seen.columns.intersection(["source", "style"]):
         print(f"{crnn.format_score_table(crnn.score_table(seen, column))}\n")
