@@ -1450,7 +1450,7 @@ def emnist_is_there(settings):
         return True
     except (OSError, RuntimeError, ValueError, EOFError, AssertionError) as error:
         files = "emnist-byclass-{train,test}-{images-idx3,labels-idx1}-ubyte"
-        print(f"EMNIST is missing ({error}): handwritten characters will be learned badly. Unpack")
+        print(f"EMNIST is missing ({error}): to draw with its handwritten characters, unpack")
         print(f"{files} of {datasets.EMNIST.url} (560 MB) into {folder}/EMNIST/raw/")
         return False
     finally:
@@ -1472,7 +1472,9 @@ def find_sources(settings):
     crnn.wait_for_all()  # for the download
     there |= {STROKES, EMNIST} if by_emnist and emnist_is_there(settings) else {STROKES}
     for source in [source for source in counts if SOURCES[source].kind not in there]:
-        print(f"{source} is left out: it needs two families of {SOURCES[source].kind} in FONTS_DIR")
+        kind = SOURCES[source].kind
+        needs = kind if kind == EMNIST else f"two families of {kind} in FONTS_DIR"
+        print(f"{source} is left out: it needs {needs}")
         del counts[source]
     if "emnist_images" in counts:  # no character twice
         have = {split: len(emnist(settings, split)[1]) for split in ("train", "val", "test")}
