@@ -16,11 +16,12 @@ import sys
 import time
 from pathlib import Path
 
-# Read when the libraries are imported; some count cores and start as many threads all the same.
-os.environ.update(OMP_NUM_THREADS="1", OMP_THREAD_LIMIT="1", MKL_NUM_THREADS="1")
-if hasattr(os, "sched_setaffinity") and __name__ == "__main__":
-    core = min(os.sched_getaffinity(0)) + int(os.environ.get("PEERS_CORE", 0))
-    os.sched_setaffinity(0, [core])
+if __name__ == "__main__":  # benchmark.py imports this too, and measures on all cores
+    # Read when the libraries are imported; some count cores and start as many threads all the same.
+    os.environ.update(OMP_NUM_THREADS="1", OMP_THREAD_LIMIT="1", MKL_NUM_THREADS="1")
+    if hasattr(os, "sched_setaffinity"):
+        core = min(os.sched_getaffinity(0)) + int(os.environ.get("PEERS_CORE", 0))
+        os.sched_setaffinity(0, [core])
 
 import numpy as np  # noqa: E402, after the lines above
 from PIL import Image  # noqa: E402
