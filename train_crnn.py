@@ -3,9 +3,10 @@
     python train_crnn.py
     torchrun --nproc_per_node=4 train_crnn.py       (on four GPUs, or four processes of a CPU)
 
-Prints which rows it leaves out, one line per epoch, and at the end a table of the test rows. The
-best epoch, by exact match on the validation rows, is in MODEL_PATH, with all that reading needs;
-beside it history.csv and training_curves.png. Stop with Ctrl-C at any time; RESUME goes on.
+Prints which rows it leaves out, one line per epoch, and at the end a table of the test rows. What
+reads the validation rows best is in MODEL_PATH, with all that reading needs: an epoch, the starting
+weights, or the mean of these and the last epoch. Beside it are history.csv and training_curves.png.
+Stop with Ctrl-C at any time; RESUME goes on.
 """
 
 import os
@@ -26,6 +27,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
 import crnn
@@ -34,7 +36,7 @@ from crnn import BLANK, CRNN, HEIGHT, InputError, num_frames, rank, whole_file, 
 # --------------------------------------------------------------------------------------------------
 # Data and files
 DATA_CSV = "datasets/data.csv"  # image_path,label and perhaps source,split; paths from its folder
-MODEL_PATH = "ocr_crnn_model/crnn.pth"  # the best epoch; the state to resume from lies beside it
+MODEL_PATH = "ocr_crnn_model/crnn.pth"  # the best weights; the state to resume from lies beside it
 INIT_WEIGHTS = "ocr_crnn_model/pretrained.pth"  # checkpoint to start from; None: from nothing
 RESUME = False  # go on from the last complete epoch of the same data and constants
 MIN_CHARACTER_ROWS = 3  # a rarer character of the training labels is treated as a typo
@@ -531,8 +533,8 @@ def resume_path():
     return Path(MODEL_PATH).with_suffix(".resume.pth")
 
 
-def keep_if_best(state, model, exact, cer, rows):
-    """Save the network where it reads the val rows no worse than the best epoch before."""
+def keep_if_best(state, model, name, exact, cer, rows):
+    """Save the network of that name where it reads the val rows no worse than the best before."""
     if exact >= state["best"] and rank() == 0:
         if state["best"] < 0 and Path(MODEL_PATH).exists():
             former = Path(MODEL_PATH).with_suffix(".former.pth")
@@ -540,9 +542,17 @@ def keep_if_best(state, model, exact, cer, rows):
                 shutil.copyfile(MODEL_PATH, temporary)
             print(f"    the model of an earlier training is kept as {former.as_posix()}")
         data = dict(data=str(DATA_CSV), rows=int((rows.split == "train").sum()), seed=SEED)
-        model.facts = dict(epoch=state["epoch"], val_exact=exact, val_cer=cer, **data)
+        model.facts = dict(name=name, epoch=state["epoch"], val_exact=exact, val_cer=cer, **data)
         crnn.save_checkpoint(MODEL_PATH, model)
     state["best"] = max(state["best"], exact)
+
+
+def score(state, model, name, val, rows):
+    """Read the val rows with a network that is no epoch's, say how well, and keep it if better."""
+    exact, cer = crnn.score_table(read(model, val)).iloc[-1][["exact", "CER"]].tolist()
+    print(f"{name} — Accuracy: {exact:.2%} — CER: {cer:.2%}", flush=True)
+    if exact > state["best"]:  # of few val rows both may read all, and the epoch has learned more
+        keep_if_best(state, model, name, exact, cer, rows)
 
 
 def fingerprint(rows):
@@ -640,7 +650,7 @@ def finish(state, device, val, test):
         print("no epoch read better, so these are the starting weights: more labels may help")
     if not sum(gather(len(test))):
         return
-    print(f"\nTest rows, never trained on, read by epoch {best.facts['epoch']} (folded: O = 0)")
+    print(f"\nTest rows, never trained on, read by {best.facts['name']} (folded: O = 0)")
     seen = read(best, test)
     for column in seen.columns.intersection(["source", "style"]):
         print(f"{crnn.format_score_table(crnn.score_table(seen, column))}\n")
@@ -661,7 +671,8 @@ def main():
     epochs = max(EPOCHS, -(-MIN_STEPS // batches))
 
     net = WithShortcut(starting_model(charset)).to(device)
-    model = net.crnn
+    model, mean = net.crnn, AveragedModel(net.crnn)
+    mean.update_parameters(model)  # the first it is of; the last epoch's weights are the second
     optimizers, schedules = make_optimizers(net, epochs * batches)
     dtype = crnn.compute_dtype(device.type, PRECISION)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
@@ -676,9 +687,7 @@ def main():
     trained = net if world_size() == 1 else nn.parallel.DistributedDataParallel(net)
     try:
         if INIT_WEIGHTS and not RESUME:  # they are kept where no epoch reads as well as they do
-            exact, cer = crnn.score_table(read(model, val)).iloc[-1][["exact", "CER"]].tolist()
-            print(f"before the first epoch — Accuracy: {exact:.2%} — CER: {cer:.2%}", flush=True)
-            keep_if_best(state, model, exact, cer, rows)
+            score(state, model, "the starting weights", val, rows)
         for epoch in range(state["epoch"] + 1, epochs + 1):
             started = time.perf_counter()
             torch.manual_seed(SEED + 1_000_003 * epoch)  # by its number, so that resuming is exact
@@ -708,11 +717,15 @@ def main():
             for measure in ("exact", "CER"):
                 facts |= {f"{measure} {source}": float(v) for source, v in table[measure].items()}
             state["history"].append(facts)
-            keep_if_best(state, model, exact, cer, rows)
+            keep_if_best(state, model, f"epoch {epoch}", exact, cer, rows)
             if rank() == 0:
                 saved = {name: part.state_dict() for name, part in parts.items()}
                 crnn.save_tensors(resume_path(), dict(state, **saved))
                 write_history(state["history"], curves=shown)
+        if INIT_WEIGHTS:
+            # Halfway back, less is unlearned that the new images lack (Wortsman et al. 2022)
+            mean.update_parameters(model)
+            score(state, mean.module, "the mean of these and the starting weights", val, rows)
     except KeyboardInterrupt:
         print(f"\nstopped after epoch {state['epoch']}; with RESUME = True it goes on from there")
         if state["best"] < 0 or world_size() > 1:

@@ -344,7 +344,7 @@ def test_weights_that_no_epoch_improves_are_kept(train):
     state, kept = dict(best=-1.0), []
     for epoch, exact in enumerate([0.5, 0.4, 0.5, 0.1]):
         state["epoch"] = epoch
-        train.keep_if_best(state, model, exact, 0.0, rows)
+        train.keep_if_best(state, model, "a name", exact, 0.0, rows)
         kept.append(load_checkpoint(train.MODEL_PATH).facts["epoch"])
     assert kept == [0, 0, 2, 2]  # of equally good ones the last
 
@@ -393,7 +393,7 @@ def test_fine_tuning_keeps_the_size_and_the_averages(tiny, tmp_path, capsys):
     tiny.set(INIT_WEIGHTS=tiny.MODEL_PATH, MODEL_PATH=str(tmp_path / "tuned" / "crnn.pth"))
     tiny.set(FROM_NOTHING=dict(tiny.FROM_NOTHING, hidden=16))
     tiny.main()
-    assert "before the first epoch — Accuracy" in capsys.readouterr().out
+    assert "the starting weights — Accuracy" in capsys.readouterr().out
     assert load_checkpoint(tiny.MODEL_PATH).architecture["hidden"] == 32
     changed = differing(resume_state(tiny)["net"], before)
     assert "crnn.norms.0.weight" in changed
@@ -401,6 +401,28 @@ def test_fine_tuning_keeps_the_size_and_the_averages(tiny, tmp_path, capsys):
     tiny.set(INIT_WEIGHTS="no such.pth")
     with pytest.raises(InputError, match="no such.pth"):
         tiny.main()
+
+
+def test_the_mean_with_the_starting_weights(tiny, tmp_path, capsys):
+    tiny.main()
+    before = load_checkpoint(tiny.MODEL_PATH, learn=True).float().state_dict()
+    score = Mock(wraps=tiny.score)
+    tiny.set(INIT_WEIGHTS=tiny.MODEL_PATH, MODEL_PATH=str(tmp_path / "tuned" / "crnn.pth"))
+    tiny.set(score=score)
+    tiny.main()
+    assert "the mean of these and the starting weights — Accuracy" in capsys.readouterr().out
+    mean, after = score.call_args.args[1].state_dict(), resume_state(tiny)["net"]
+    for name in ("linear.weight", "convolutions.0.weight", "norms.0.running_mean"):
+        assert torch.allclose(mean[name], (before[name] + after[f"crnn.{name}"]) / 2)
+
+
+@pytest.mark.parametrize("best, kept", [(0.9, True), (1.0, False)])
+def test_a_mean_that_reads_no_better_is_not_kept(train, best, kept):
+    model = CRNN(Charset("abc"), (8, 16, 24, 32), 32)
+    rows = pd.DataFrame(dict(label=["a"], prediction=["a"], source=["s"], split=["train"]))
+    train.set(read=lambda model, val: val)
+    train.score(dict(epoch=1, best=best), model, "the mean", rows, rows)
+    assert Path(train.MODEL_PATH).exists() == kept
 
 
 def test_a_new_shortcut_head_changes_no_learned_weights(tiny, tmp_path):
