@@ -637,7 +637,7 @@ def load_data():
 
 
 def finish(state, device, val, test):
-    """Calibrate the best epoch on the val rows, save it, and score it on the test rows."""
+    """Calibrate the best weights on the val rows, save them, and score them on the test rows."""
     crnn.wait_for_all()  # the first process has written it before it comes here
     best = crnn.load_checkpoint(MODEL_PATH, device, learn=True)
     best.calibration = crnn.UNCALIBRATED  # also where an earlier run has come as far as this
@@ -659,7 +659,7 @@ def finish(state, device, val, test):
 
 
 def main():
-    """Train, save the best epoch, and score it on the test rows."""
+    """Train, save the best weights, and score them on the test rows."""
     device = start_processes()
     Path(MODEL_PATH).parent.mkdir(parents=True, exist_ok=True)
     tempfile.TemporaryFile(dir=Path(MODEL_PATH).parent).close()  # fails now, not after an epoch
