@@ -725,7 +725,7 @@ def main():
         if INIT_WEIGHTS:
             # Halfway back, less is unlearned that the new images lack (Wortsman et al. 2022)
             mean.update_parameters(model)
-            score(state, mean.module, "the mean of these and the starting weights", val, rows)
+            score(state, mean.module, "the mean of the first and last weights", val, rows)
     except KeyboardInterrupt:
         print(f"\nstopped after epoch {state['epoch']}; with RESUME = True it goes on from there")
         if state["best"] < 0 or world_size() > 1:

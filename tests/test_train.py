@@ -410,7 +410,7 @@ def test_the_mean_with_the_starting_weights(tiny, tmp_path, capsys):
     tiny.set(INIT_WEIGHTS=tiny.MODEL_PATH, MODEL_PATH=str(tmp_path / "tuned" / "crnn.pth"))
     tiny.set(score=score)
     tiny.main()
-    assert "the mean of these and the starting weights — Accuracy" in capsys.readouterr().out
+    assert "the mean of the first and last weights — Accuracy" in capsys.readouterr().out
     mean, after = score.call_args.args[1].state_dict(), resume_state(tiny)["net"]
     for name in ("linear.weight", "convolutions.0.weight", "norms.0.running_mean"):
         assert torch.allclose(mean[name], (before[name] + after[f"crnn.{name}"]) / 2)
