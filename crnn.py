@@ -1,8 +1,14 @@
-"""What the three scripts must agree on: charset, image to tensor, network, decoding, checkpoint.
+"""What the three scripts share: charset, image to tensor, network, decoding, checkpoint.
 
-An image of a short line of text becomes a grey tensor of HEIGHT rows; a small CNN turns every 4
-columns of it into one frame; an LSTM reads the frames in both directions; connectionist temporal
-classification (CTC) aligns them with the text. Functions here take arguments only.
+An image of one short line of text becomes a grey tensor of HEIGHT rows. A small CNN turns every 4
+columns of it into one frame, a bidirectional LSTM reads the frames, and each frame votes for a
+character or for the CTC blank. Functions here take arguments only.
+
+    >>> charset = Charset("Abot")
+    >>> path = "A--bb-b-oo--tt"  # the best class of each frame, - being the blank
+    >>> from itertools import groupby, islice
+    >>> "".join(c for c, _ in groupby(path) if c != "-")  # merge repeats, then drop blanks
+    'Abbot'
 
 Letters in shapes: N images, H height, W width (pixels), T frames, C classes, D features.
 """
@@ -13,9 +19,11 @@ import math
 import os
 import sys
 import zlib
+from collections import defaultdict
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
@@ -27,43 +35,55 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFilter, ImageFont, ImageOps, UnidentifiedImageError
 from torch import nn
 from torch.nn.utils import fuse_conv_bn_eval
+from tqdm import tqdm
 
+# --------------------------------------------------------------------------------------------------
 BLANK = 0  # class of the CTC blank; the characters of a charset follow from class 1
-HEIGHT = 32  # rows of the tensor that the network sees, in pixels; a multiple of 8
+
+# What the network sees. A checkpoint holds these as it learned with them, see preprocessing().
+HEIGHT = 32  # rows, in pixels; a multiple of 8
 PIXELS_PER_FRAME = 4  # horizontal stride of the CNN
+PADDING_STEP = 4  # pixels, see padded_width()
 SMOOTHING = 0.8  # pixels, radius of a blur where text fills the height: scans have harder edges
+MIN_TONES = 40  # of 256 grey levels: less contrast is not stretched, so blank paper stays blank
+INK_TONE = 140  # of 256, paper being 255: darker pixels count as ink where a line is measured
+MIN_STROKES = 5  # side by side; with fewer there is no pitch to measure
+USUAL_PITCH = 8  # pixels from stroke to stroke; tighter lines are stretched, at most 1.5 times
+LOW_LINE, USUAL_LINE = 0.36, 0.45  # text lower than 36 % of the height is zoomed to 45 %
+
+# How it is read
+SECOND_LOOK = 0.6  # confidence (not calibrated) below which an image is read again
+MIN_ALTERNATIVE = 0.02  # probability below which an alternative is not reported
 MAX_ASPECT = 256  # width over height beyond which an image is no line (400 characters have 200)
-MIN_TONES = 40  # of 256 grey levels: fainter images are not stretched, so that blank stays blank
-INK_TONE = 140  # of 256, paper being 255: darker pixels count as ink where lines are measured,
-FAINT_TONE = 155  # and these where margins are cut off, so that no faint ink goes with them
-BOLD = 0.3  # share of ink above which it may be the paper: unsure readings try it either way
-MIN_STROKES = 5  # side by side; an image with fewer is left as it is
-USUAL_PITCH = 8  # pixels of width from stroke to stroke; tighter lines are stretched, up to 1.5x
-LOW_LINE, USUAL_LINE = 0.36, 0.45  # text below 36 % of the height is zoomed to 45 %
-LABEL_COLUMNS = ["image_path", "label"]  # what any csv must have; data.csv adds source and split
-CHECKPOINT_FORMAT = 2  # raised when an older reader could misunderstand a newer file
+
+LABEL_COLUMNS = ["image_path", "label"]  # what every csv must have; data.csv adds source and split
+CHECKPOINT_FORMAT = 3  # raised when an older reader could misunderstand a newer file
 UNCALIBRATED = (1.0, 0.0)  # slope and offset that leave a confidence as it is
-MIN_ALTERNATIVE = 0.02  # alternatives below this probability are not reported
-SECOND_LOOK = 0.6  # confidence, not calibrated, below which an image is read again
+# --------------------------------------------------------------------------------------------------
 
 
 class InputError(ValueError):
-    """What the user can mend. Its text is one line that says what is wrong and what to do."""
+    """A mistake the user can fix. Its text is one line: what is wrong and what to do."""
 
 
 def run(main, *arguments):
     """Run a script's main and exit with its status: the one place where an error becomes a line."""
-    sys.stdout.reconfigure(encoding="utf-8")  # labels and readings, also on a Windows console
+    sys.stdout.reconfigure(encoding="utf-8")  # for labels and readings on a Windows console
     try:
         sys.exit(main(*arguments))
     except InputError as error:
         sys.exit(str(error))
     except BrokenProcessPool:
-        sys.exit("a worker process died, most likely for want of memory: set NUM_WORKERS lower")
+        sys.exit("a worker process died, probably out of memory: lower NUM_WORKERS")
     except OSError as error:  # unreadable inputs are InputErrors already
-        sys.exit(f"cannot write: {error}. Make room there, or set another folder in the constants")
+        sys.exit(f"cannot write: {error}. Free some space, or set another folder in the constants")
     except KeyboardInterrupt:
-        sys.exit("stopped: run the same command to go on (train_crnn.py: with RESUME = True)")
+        sys.exit("interrupted: run the same command again (train_crnn.py: RESUME = True continues)")
+
+
+def progress(iterable=None, **options):
+    """A tqdm bar that counts images, shown by the first process only and not in log files."""
+    return tqdm(iterable, unit="img", disable=rank() > 0 or None, **options)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -128,7 +148,8 @@ def load_image(source):
             check_size(image)
             grey = to_grey(ImageOps.exif_transpose(image))
         check_lines(grey)
-        pixels = at_height(grey, *closer_view(at_height(grey)))
+        first = scale(grey, View())  # as it is, to see how large its text is
+        pixels = scale(grey, closer_view(first))  # with that text at the usual size and pitch
     except FileNotFoundError:
         raise InputError(f"{name}: no such file or folder") from None
     except UnidentifiedImageError:
@@ -170,10 +191,10 @@ def check_size(image):
 
 
 def check_lines(grey):
-    """Refuse a large picture of so many lines that it must be a page, squeezed into one of them."""
+    """Refuse a large picture of so many lines that it must be a page."""
     if min(grey.size) > 1000:  # in smaller ones, 10 lines are dots, squares or stripes
         small = np.asarray(grey.resize((200, 400), Image.Resampling.BOX))  # (400, 200)
-        inked = (dark_on_light(small) < INK_TONE).mean(1) > 0.02  # (400,)
+        inked = (to_dark_on_light(small) < INK_TONE).mean(1) > 0.02  # (400,)
         lines = np.count_nonzero(inked[1:] > inked[:-1])
         if lines > 10:
             raise ValueError(f"some {lines} lines of text: a page, cut its lines out first")
@@ -187,41 +208,45 @@ def to_grey(image):
         return Image.fromarray((tones * (255 / max(tones.max(), 1e-9))).astype(np.uint8))
     if image.mode in ("LA", "PA", "RGBA", "La", "RGBa") or "transparency" in image.info:
         rgba = image.convert("RGBA")
-        grey = np.asarray(mixed(rgba.convert("RGB")), dtype=np.float64)  # (H, W)
+        grey = np.asarray(rgb_to_grey(rgba.convert("RGB")), dtype=np.float64)  # (H, W)
         alpha = np.asarray(rgba.getchannel("A")) / 255  # (H, W)
         paper = 255 if (grey * alpha).sum() <= 128 * alpha.sum() else 0
         return Image.fromarray((grey * alpha + paper * (1 - alpha)).round().astype(np.uint8))
     # By way of RGB, because Pillow converts CMYK, HSV and others to it only.
-    return image.convert("L") if image.mode in ("1", "L") else mixed(image.convert("RGB"))
+    return image.convert("L") if image.mode in ("1", "L") else rgb_to_grey(image.convert("RGB"))
 
 
-def mixed(image):
-    """RGB to mode L: luminance or, where that loses the contrast, the mixture that has the most."""
-    small = np.asarray(image.reduce(max(1, image.height // HEIGHT)), dtype=np.float32)  # (H, W, 3)
-    near = len(small) // 4 + 1  # pixels that differ by strokes: distant ones also by their light
-    steps = (small[:, near:] - small[:, :-near]).reshape(-1, 3)  # (N, 3)
-    mixture = np.linalg.eigh(steps.T @ steps)[1][:, -1]  # (3,), along which they are largest
-    most, usual = steps @ mixture, steps @ (0.299, 0.587, 0.114)  # (N,)
-    # In grey images the former's square is 3 times the latter's; a faint tint is no contrast.
-    if most @ most <= max(4 * usual @ usual, len(steps) * MIN_TONES**2 / 4):
-        return image.convert("L")
-    mixture = mixture / np.copysign(np.abs(mixture).sum(), mixture.sum())  # what is bright stays so
-    grey = image.convert("L", (*mixture, -255 * mixture.clip(max=0).sum()))  # within 0 to 255
-    return ImageOps.autocontrast(grey)
+def rgb_to_grey(image):
+    """RGB to mode L: luminance or, where that loses the contrast, the colour band with the most."""
+    bands = [image.convert("L"), *image.split()]
+    small = [np.asarray(b.reduce(max(1, b.height // HEIGHT)), np.float32) for b in bands]  # (H, W)
+    near = len(small[0]) // 4 + 1  # pixels apart that differ by strokes; farther ones by light, too
+    contrasts = [np.square(band[:, near:] - band[:, :-near]).sum() for band in small]
+    best = int(np.argmax(contrasts))
+    # Dark blue on cream has 1.4 times the contrast in red: twice as much, and no faint tint.
+    if contrasts[best] <= max(2 * contrasts[0], small[0].size * MIN_TONES**2 / 4):
+        return bands[0]
+    return ImageOps.autocontrast(bands[best])
 
 
-def at_height(grey, top=0.0, bottom=1.0, stretch=1.0, smoothing=0.0):
-    """A grey PIL image, or its part from top to bottom (0 to 1): uint8 (HEIGHT, W).
+class View(NamedTuple):
+    """How an image is looked at: which of its rows, and how they are brought to HEIGHT."""
 
-    smoothing: the radius of a blur, in pixels.
-    """
-    box = (0, top * grey.height, grey.width, bottom * grey.height)
-    width = max(1, round(grey.width * stretch * HEIGHT / (box[3] - box[1])))
+    top: float = 0.0  # first and last row, as parts of the height
+    bottom: float = 1.0
+    stretch: float = 1.0  # of the width
+    smoothing: float = 0.0  # radius of a blur, in pixels
+
+
+def scale(grey, view):
+    """A grey PIL image in a View, as dark ink on light paper: uint8 (HEIGHT, W)."""
+    box = (0, view.top * grey.height, grey.width, view.bottom * grey.height)
+    width = max(1, round(grey.width * view.stretch * HEIGHT / (box[3] - box[1])))
     small = grey.resize((width, HEIGHT), Image.Resampling.BICUBIC, box)
-    return dark_on_light(np.asarray(small.filter(ImageFilter.GaussianBlur(smoothing))))
+    return to_dark_on_light(np.asarray(small.filter(ImageFilter.GaussianBlur(view.smoothing))))
 
 
-def dark_on_light(grey):
+def to_dark_on_light(grey):
     """Grey uint8 array (H, W) of either polarity to the same with paper at 255, ink down to 0."""
     low, high = int(grey.min()), int(grey.max())
     dark = grey < (low + high) / 2
@@ -237,30 +262,26 @@ def dark_on_light(grey):
 
 
 def closer_view(image):
-    """What at_height should change about an image, uint8 (H, W): (top, bottom, stretch, smoothing).
+    """The View of an image, uint8 (HEIGHT, W), that brings its text to the usual size and pitch.
 
-    Text is easiest to read at the size and pitch that most of it has; the smaller it is, the more
-    smoothing would take from it.
+    Measures the height of the line and the pitch of its strokes. Crops to a low line, stretches
+    tight strokes, and blurs the less the smaller the text is.
     """
-    height, ink = len(image), image < INK_TONE
+    ink = image < INK_TONE
     top, bottom = inked_rows(ink)
-    if top == bottom:  # specks or a lone dot: no size to go by
-        return 0.0, 1.0, 1.0, SMOOTHING
-    rows, line = ink[top:bottom], bottom - top
-    smoothing = SMOOTHING * line / height
-    columns = np.flatnonzero(rows.any(0))
-    width = int(columns[-1] - columns[0]) + 1
-    starts = np.count_nonzero(rows[:, 1:] > rows[:, :-1], axis=1) + rows[:, 0]  # strokes of a row
-    strokes = float(np.sort(starts)[-max(1, line // 3) :].mean())  # of the fullest third of them
+    line = (bottom - top) / HEIGHT
+    if not line:  # specks or a lone dot: no size to go by
+        return View(smoothing=SMOOTHING)
+    strokes, width = measure_strokes(ink[top:bottom])
     if strokes < MIN_STROKES:  # its place and size tell a comma from a quote and c from C
-        return 0.0, 1.0, 1.0, smoothing
+        return View(smoothing=SMOOTHING * line)
     first, last = 0.0, 1.0
-    if height / 8 <= line < LOW_LINE * height and width > 2.5 * line:
-        middle, reach = (top + bottom) / 2 / height, line / USUAL_LINE / 2 / height
+    if 1 / 8 <= line < LOW_LINE and width > 2.5 * line * HEIGHT:  # lower is a rule, not a line
+        middle, reach = (top + bottom) / 2 / HEIGHT, line / USUAL_LINE / 2
         first, last = max(0.0, middle - reach), min(1.0, middle + reach)
     stretch = min(max(USUAL_PITCH * strokes * (last - first) / width, 1.0), 1.5)
-    stretch = stretch if stretch > 1.05 else 1.0
-    return first, last, stretch, smoothing / (last - first)
+    stretch = stretch if stretch > 1.05 else 1.0  # a few columns would only blur
+    return View(first, last, stretch, SMOOTHING * line / (last - first))
 
 
 def inked_rows(ink):
@@ -270,122 +291,137 @@ def inked_rows(ink):
     return (int(rows[0]), int(rows[-1]) + 1) if len(rows) else (0, 0)
 
 
+def measure_strokes(ink):
+    """How many strokes stand side by side in a line's ink, bool (H, W), and its width in pixels."""
+    columns = np.flatnonzero(ink.any(0))
+    starts = np.count_nonzero(ink[:, 1:] > ink[:, :-1], axis=1) + ink[:, 0]  # of each row, (H,)
+    fullest = np.sort(starts)[-max(1, len(ink) // 3) :]  # a third of the rows crosses most strokes
+    return float(fullest.mean()), int(columns[-1] - columns[0]) + 1
+
+
+def padded_width(width):
+    """The width that a line is padded to, with paper: the one rule for training and reading.
+
+    It follows from the line's own width alone, so a line reads the same in any batch.
+
+    >>> [padded_width(w) for w in (1, 64, 65, 700)]
+    [8, 64, 80, 768]
+    """
+    step = PADDING_STEP
+    while width > 8 * step:  # at most a fifth is padding; finer steps would make batches smaller
+        step *= 2
+    # Narrower than 8 pixels, oneDNN's bfloat16 convolutions return garbage (torch 2.14.1, AMX).
+    return max(8, math.ceil(width / step) * step)
+
+
+def pad(image):
+    """An image (HEIGHT, W) with paper on its right: (HEIGHT, padded_width(W))."""
+    return F.pad(image, (0, padded_width(image.shape[1]) - image.shape[1]), value=255)
+
+
 def to_ink(images):
     """uint8 tensor, 255 = paper, to the network's input of the same shape, 0 = paper, 1 = ink."""
     return 1 - images.float() / 255
 
 
-def pad_batch(images, multiple=1):
-    """Images (H, W_i) padded with paper, as ink (N, 1, H, W), and their true widths (N,)."""
-    widths = torch.tensor([image.shape[1] for image in images])
-    width = -(-int(widths.max()) // multiple) * multiple
-    batch = torch.full((len(images), 1, HEIGHT, width), 255, dtype=torch.uint8)  # (N, 1, H, W)
-    for row, image in zip(batch, images):
-        row[0, :, : image.shape[1]] = image
-    return to_ink(batch), widths
-
-
-def num_frames(widths):
-    """Frames the network makes of a width, for an int, array or tensor: width / 4, rounded up."""
-    return (widths + PIXELS_PER_FRAME - 1) // PIXELS_PER_FRAME
+def num_frames(width):
+    """How many frames the network makes of a width in pixels."""
+    return math.ceil(width / PIXELS_PER_FRAME)
 
 
 def frames_needed(target):
-    """The fewest frames for a label or target: with fewer, the loss is infinite (Graves et al.)."""
-    # One each, and a blank between two equal neighbours
+    """The fewest frames for a label or target: with fewer, the loss is infinite (Graves et al.).
+
+    One for each character, and a blank between equal neighbours.
+
+    >>> frames_needed("Abbot")
+    6
+    """
     return len(target) + sum(a == b for a, b in zip(target, target[1:]))
+
+
+def fits(label, image):
+    """Whether an image (HEIGHT, W) has the frames that its label needs."""
+    return frames_needed(label) <= num_frames(image.shape[1])
 
 
 # --------------------------------------------------------------------------------------------------
 # Network
 
 
-class CRNN(nn.Module):
-    """CNN, LSTM in both directions, and a linear layer, after Shi et al. 2015 (arXiv:1507.05717).
+class Convolution(nn.Sequential):
+    """Convolution, batch norm, ReLU."""
 
-    Much leaner than theirs: strided convolutions instead of full-size layers and pooling, one LSTM
-    layer. Residual blocks, if any, follow where the height is gone and a weight costs least (He et
-    al. 2015, arXiv:1512.03385), each a convolution over three frames. It owns its charset and its
-    calibration, so that no one can pair it with another's.
+    def __init__(self, inputs, outputs, kernel, stride=1, padding=0):
+        convolution = nn.Conv2d(inputs, outputs, kernel, stride, padding, bias=False)
+        super().__init__(convolution, nn.BatchNorm2d(outputs), nn.ReLU(inplace=True))
+
+
+class Block(nn.Module):
+    """A residual convolution over three frames (He et al. 2015, arXiv:1512.03385)."""
+
+    def __init__(self, features):
+        super().__init__()
+        self.convolution = nn.Conv2d(features, features, (1, 3), padding=(0, 1), bias=False)
+        self.norm = nn.BatchNorm2d(features)
+        nn.init.zeros_(self.norm.weight)  # a new block changes nothing
+
+    def forward(self, x):
+        return F.relu(x + self.norm(self.convolution(x)))  # (N, D, 1, T)
+
+
+class CRNN(nn.Module):
+    """CNN, bidirectional LSTM and a linear layer, after Shi et al. 2015 (arXiv:1507.05717).
+
+    Leaner than theirs: strided convolutions instead of pooling, one LSTM layer. Residual blocks, if
+    any, come where the height is gone and a weight costs least. The model owns its charset, its
+    calibration (slope and offset, see calibrated) and facts: plain values about its training.
     """
 
     def __init__(self, charset, channels=(32, 64, 96, 192), hidden=192, dropout=0.0, blocks=0):
         super().__init__()
         self.charset, self.calibration, self.facts = charset, UNCALIBRATED, {}
-        self.architecture = dict(channels=list(channels), hidden=hidden)
-        self.architecture |= dict(dropout=dropout, blocks=blocks)
+        self.architecture = dict(channels=list(channels), hidden=hidden, blocks=blocks)
         a, b, c, features = channels
-        plan = [  # in, out, kernel, stride (rows, columns), padding
-            (1, a, 3, (2, 2), 1),
-            (a, a, 3, (1, 1), 1),
-            (a, b, 3, (2, 2), 1),
-            (b, b, 3, (1, 1), 1),
-            (b, c, 3, (2, 1), 1),
-            (c, c, 3, (1, 1), 1),
-            (c, features, (HEIGHT // 8, 1), (1, 1), 0),  # all remaining rows at once
-            *[(features, features, (1, 3), (1, 1), (0, 1))] * blocks,
-        ]
-        convolutions = [nn.Conv2d(i, o, k, s, p, bias=False) for i, o, k, s, p in plan]
-        self.convolutions = nn.ModuleList(convolutions)
-        self.norms = nn.ModuleList(nn.BatchNorm2d(conv.out_channels) for conv in convolutions)
-        for norm in self.norms[len(plan) - blocks :]:  # a new block changes nothing
-            nn.init.zeros_(norm.weight)
+        self.cnn = nn.Sequential(
+            Convolution(1, a, 3, stride=2, padding=1),  # (N, 1, 32, W) -> (N, a, 16, W/2)
+            Convolution(a, a, 3, padding=1),
+            Convolution(a, b, 3, stride=2, padding=1),  # -> (N, b, 8, W/4)
+            Convolution(b, b, 3, padding=1),
+            Convolution(b, c, 3, stride=(2, 1), padding=1),  # -> (N, c, 4, W/4)
+            Convolution(c, c, 3, padding=1),
+            Convolution(c, features, (HEIGHT // 8, 1)),  # all rows at once -> (N, D, 1, W/4)
+            *[Block(features) for _ in range(blocks)],
+        )
         self.dropout = nn.Dropout(dropout)
-        self.forth, self.back = nn.LSTM(features, hidden), nn.LSTM(features, hidden)
+        self.lstm = nn.LSTM(features, hidden, bidirectional=True)
         self.linear = nn.Linear(2 * hidden, charset.num_classes)
         self.to(memory_format=torch.channels_last)  # faster on CPUs than channels first
 
-    def features(self, ink, widths=None):
-        """Ink (N, 1, H, W) and widths (N,), None if none is padded, to features (T, N, D)."""
-        x = ink.contiguous(memory_format=torch.channels_last)
-        padded = widths is not None and bool((widths < ink.shape[3]).any())
-        for conv, norm in zip(self.convolutions, self.norms):
-            # (N, 1, 32, W) -> (N, a, 16, W/2) -> (N, b, 8, W/4) -> (N, c, 4, W/4) -> (N, D, 1, W/4)
-            before, x = x, norm(conv(x))
-            if conv.kernel_size == (1, 3):  # a residual block
-                x = x.add_(before)  # (N, D, 1, W/4)
-            if padded:  # back to paper, or a line would read otherwise beside a wider one
-                widths = (widths + conv.stride[1] - 1) // conv.stride[1]  # in columns of this layer
-                inside = torch.arange(x.shape[3], device=x.device) < widths[:, None].to(x.device)
-                x.mul_(inside[:, None, None])  # (N, columns) -> (N, 1, 1, columns)
-            x = F.relu_(x)
-        return x.squeeze(2).permute(2, 0, 1)  # (N, D, 1, T) -> (T, N, D)
+    def features(self, ink):
+        """Ink (N, 1, 32, W), 0 = paper, 1 = ink, to features (T, N, D)."""
+        x = self.cnn(ink.contiguous(memory_format=torch.channels_last))  # (N, D, 1, T)
+        return x.squeeze(2).permute(2, 0, 1)  # (T, N, D)
 
-    def sequence(self, features, frames=None):
-        """Features (T, N, D) and frames (N,), None if none is padded, to logits (T, N, C)."""
-        x = self.dropout(features)
-        forth, _ = self.forth(x)  # (T, N, D) -> (T, N, hidden)
-        back, _ = self.back(reverse(x, frames))  # (T, N, D) -> (T, N, hidden)
-        x = torch.cat([forth, reverse(back, frames)], 2)  # (T, N, 2 * hidden)
-        return self.linear(self.dropout(x))  # (T, N, 2 * hidden) -> (T, N, C)
+    def sequence(self, features):
+        """Features (T, N, D) to logits (T, N, C)."""
+        x, _ = self.lstm(self.dropout(features))  # (T, N, 2 * hidden)
+        return self.linear(self.dropout(x))  # (T, N, C)
 
-    def forward(self, ink, widths):
-        """Ink (N, 1, H, W), 0 = paper, 1 = ink, and true widths in pixels (N,).
-
-        Returns logits (T, N, C) and frames (N,); what comes after a line's frames is meaningless.
-        """
-        frames = num_frames(widths)
-        return self.sequence(self.features(ink, widths), frames), frames
-
-
-def reverse(x, frames=None):
-    """Lines (T, N, D) back to front, each within its own frames (N,); None: all have T."""
-    # In half the time of a PackedSequence, for which torch has no fast kernel on CPUs
-    if frames is None or int(frames.min()) == len(x):
-        return x.flip(0)
-    frames, number = frames.to(x.device), torch.arange(x.shape[1], device=x.device)  # both (N,)
-    times = (frames - 1 - torch.arange(len(x), device=x.device)[:, None]).clamp(min=0)  # (T, N)
-    places = (times * x.shape[1] + number).flatten()  # (T * N,)
-    return x.flatten(0, 1).index_select(0, places).view(x.shape)  # (T * N, D) -> (T, N, D)
+    def forward(self, ink):
+        """Ink (N, 1, 32, W), 0 = paper, 1 = ink, to logits (T, N, C)."""
+        return self.sequence(self.features(ink))
 
 
 def folded(model):
     """A copy of a CRNN that only reads: each batch norm is folded into its convolution."""
     model = copy.deepcopy(model).eval()
-    for i, norm in enumerate(model.norms):
-        if isinstance(norm, nn.BatchNorm2d):
-            model.convolutions[i] = fuse_conv_bn_eval(model.convolutions[i], norm)
-            model.norms[i] = nn.Identity()
+    for layer in model.cnn:
+        if isinstance(layer, Block):
+            layer.convolution = fuse_conv_bn_eval(layer.convolution, layer.norm)
+            layer.norm = nn.Identity()
+        else:
+            layer[0], layer[1] = fuse_conv_bn_eval(layer[0], layer[1]), nn.Identity()
     return model.to(memory_format=torch.channels_last)
 
 
@@ -407,10 +443,10 @@ class Character(NamedTuple):
     """One character of a Reading, and what else it could be."""
 
     character: str
-    confidence: float  # highest probability in its frames
+    confidence: float  # its highest probability in any frame
     left: float  # where it begins, halfway to its neighbour, from 0 to 1 of the image's width
     right: float  # where it ends, likewise
-    alternatives: list  # (character, probability) of others in the same place, the likeliest first
+    alternatives: list  # (character, probability) of others in the same place, likeliest first
 
 
 class Reading(NamedTuple):
@@ -421,48 +457,59 @@ class Reading(NamedTuple):
     characters: list  # a Character for each of text
 
 
-def greedy_decode(logits, frames, charset):
-    """Best class per frame, repeats merged, blanks removed: best path of Graves et al. 2006.
+def greedy_decode(logits, charset, widths=None):
+    """Best class per frame, repeats merged, blanks dropped: best path of Graves et al. 2006.
 
-    logits: (T, N, C); frames: (N,), only a line's own are read. Returns N Readings, uncalibrated.
+    logits: (T, N, C); widths: of each line in frames, without its padding; None: none is padded.
+    Returns N Readings, uncalibrated.
     """
     log_probs = logits.detach().float().log_softmax(2).cpu()  # (T, N, C)
-    frames = frames.cpu()
-    best, classes = log_probs.max(2)  # (T, N, C) -> both (T, N)
-    best, classes = best.exp().T.tolist(), classes.T.tolist()  # N lists of T
-    paths = [best_path(*line) for line in zip(classes, best, frames.tolist())]
-    confidences = text_probability(log_probs, frames, [[c for c, _ in path] for path in paths])
-    # Alternatives are looked up only where the best class leaves room for one.
-    peaks = [(line, peak) for line, path in enumerate(paths) for _, peak in path]
-    unsure = [(line, peak) for line, peak in peaks if best[line][peak] <= 1 - MIN_ALTERNATIVE]
-    others = likeliest(log_probs, unsure, charset)
-    lines = enumerate(zip(paths, best, frames.tolist(), confidences))
-    return [make_reading(charset, line, *parts, others) for line, parts in lines]
+    best, classes = (tensor.T.tolist() for tensor in log_probs.max(2))  # N lists of T, both
+    peaks = [find_peaks(*line) for line in zip(classes, best)]
+    targets = [[path[frame] for frame in frames] for path, frames in zip(classes, peaks)]
+    confidences = text_probability(log_probs, targets)
+    places = [(frame, n) for n, frames in enumerate(peaks) for frame in frames]
+    at = torch.tensor(places, dtype=torch.long).view(-1, 2).T  # (2, P), one for each character
+    top = log_probs[at[0], at[1]].exp().topk(min(4, log_probs.shape[2]))  # (P, C) -> (P, 4)
+    likeliest = zip(top.indices.tolist(), top.values.tolist())  # line by line
+    readings = []
+    for n, frames in enumerate(peaks):
+        found = [list(zip(*next(likeliest))) for _ in frames]
+        width = widths[n] if widths else len(log_probs)
+        readings.append(make_reading(charset, found, frames, width, confidences[n]))
+    return readings
 
 
-def best_path(classes, best, count):
-    """(class, frame of its peak) of each character in a line of count frames."""
-    runs = groupby(range(count), key=classes.__getitem__)
-    return [(c, max(run, key=best.__getitem__)) for c, run in runs if c != BLANK]
+def find_peaks(classes, best):
+    """The frames of a line where each character of its best path is surest.
+
+    classes, best: of each frame the likeliest class, and its log-probability.
+    """
+    runs = groupby(range(len(classes)), key=classes.__getitem__)  # repeats are one character
+    return [max(frames, key=best.__getitem__) for c, frames in runs if c != BLANK]
 
 
-def make_reading(charset, line, path, best, count, confidence, others):
-    """The Reading of a path as best_path returns it. others: see likeliest."""
-    text = charset.decode([c for c, _ in path])
+def make_reading(charset, likeliest, peaks, width, confidence):
+    """A Reading. likeliest: of each character a list of (class, probability), the best first."""
+    text = charset.decode([pairs[0][0] for pairs in likeliest])
     # A wide margin looks like a space, and no label begins or ends with one.
-    start = len(text) - len(text.lstrip(" "))
-    text = text.strip(" ")
-    peaks = [peak for _, peak in path[start : start + len(text)]]
-    found = [others.get((line, peak), ()) for peak in peaks]
-    alternatives = [[pair for pair in pairs if pair[0] != c] for c, pairs in zip(text, found)]
-    sure = [best[peak] for peak in peaks]
-    characters = map(Character, text, sure, *extents(peaks, count), alternatives)
-    return Reading(text, confidence, list(characters))
+    start, text = len(text) - len(text.lstrip(" ")), text.strip(" ")
+    kept = slice(start, start + len(text))
+    characters = []
+    for c, pairs, left, right in zip(text, likeliest[kept], *extents(peaks[kept], width)):
+        others = [(i, p) for i, p in pairs[1:] if i != BLANK and p >= MIN_ALTERNATIVE]
+        others = [(charset.characters[i - 1], p) for i, p in others]
+        characters.append(Character(c, pairs[0][1], left, right, others))
+    return Reading(text, confidence, characters)
 
 
-def extents(peaks, count):
-    """Where characters with these peaks begin and end: two lists, from 0 to 1 of count frames."""
-    centres = [(peak + 0.5) / count for peak in peaks]
+def extents(peaks, width):
+    """Where characters with these peaks begin and end: two lists, from 0 to 1 of width frames.
+
+    >>> extents([1, 5], 8)
+    ([0.0, 0.4375], [0.4375, 0.9375])
+    """
+    centres = [min(1.0, (peak + 0.5) / width) for peak in peaks]
     between = [(a + b) / 2 for a, b in zip(centres, centres[1:])]
     if not between:
         return [0.0] * len(centres), [1.0] * len(centres)
@@ -470,30 +517,15 @@ def extents(peaks, count):
     return [max(0.0, first), *between], [*between, min(1.0, last)]
 
 
-def likeliest(log_probs, places, charset):
-    """The likely characters at places (line, frame): place -> list of (character, probability)."""
-    if not places:
-        return {}
-    lines, peaks = zip(*places)
-    few = min(4, log_probs.shape[2])
-    top, classes = log_probs[peaks, lines].exp().topk(few, dim=1)  # (T, N, C) -> both (places, 4)
-    found = {}
-    for place, *there in zip(places, classes.tolist(), top.tolist()):
-        pairs = [(c, p) for c, p in zip(*there) if c != BLANK and p >= MIN_ALTERNATIVE]
-        found[place] = [(charset.characters[c - 1], p) for c, p in pairs]
-    return found
+def text_probability(log_probs, targets):
+    """The probability of each text, summed over all its alignments: exp(-CTC loss).
 
-
-def text_probability(log_probs, frames, targets):
-    """Probability of each target (classes), summed over all its alignments: the CTC loss, undone.
-
-    log_probs: (T, N, C); frames: (N,). Returns N floats.
+    log_probs: (T, N, C); targets: N lists of classes. Returns N floats.
     """
-    lengths = [len(target) for target in targets]
-    longest = max(1, *lengths)
-    padded = torch.tensor([t + [BLANK + 1] * (longest - len(t)) for t in targets])  # (N, longest)
-    lengths = torch.tensor(lengths)
-    loss = F.ctc_loss(log_probs, padded, frames, lengths, blank=BLANK, reduction="none")  # (N,)
+    frames = torch.full((len(targets),), len(log_probs))
+    lengths = torch.tensor([len(target) for target in targets])
+    flat = torch.tensor(sum(targets, []), dtype=torch.long)  # (sum of lengths,)
+    loss = F.ctc_loss(log_probs, flat, frames, lengths, blank=BLANK, reduction="none")  # (N,)
     return loss.neg().exp().clamp(0, 1).tolist()
 
 
@@ -509,87 +541,61 @@ def calibrated(confidence, calibration):
 
 
 def read_images(model, images, batch_size):
-    """Read uint8 tensors (H, W_i) as load_image returns them. Returns a list of Readings."""
+    """Read uint8 tensors (HEIGHT, W_i) as load_image returns them. Returns a list of Readings."""
     readings = read_once(model, images, batch_size)
-    for look in (inverted, smaller, wider):  # the surest reading counts
+    for look in SECOND_LOOKS:  # the surest reading counts
         unsure = [i for i, reading in enumerate(readings) if reading.confidence < SECOND_LOOK]
-        again = [(i, seen) for i in unsure if (seen := look(images[i])) is not None]
-        for (i, _), reading in zip(again, read_once(model, [s for _, s in again], batch_size)):
+        again = {i: seen for i in unsure if (seen := look(images[i])) is not None}
+        for i, reading in zip(again, read_once(model, list(again.values()), batch_size)):
             readings[i] = max(readings[i], reading, key=lambda reading: reading.confidence)
     return [r._replace(confidence=calibrated(r.confidence, model.calibration)) for r in readings]
 
 
-# Second looks at an image, uint8 (H, W): each returns one (HEIGHT, another width).
+def invert(image):
+    """An image as the other polarity, where so much is ink that it may be the paper; else None."""
+    return 255 - image if (image < 128).float().mean() > 0.3 else None  # bold text has less
 
 
-def inverted(image):
-    """As the other polarity, where so much is ink that it may be the paper; else None."""
-    return 255 - image if (image < 128).float().mean() > BOLD else None
-
-
-def smaller(image):
-    """With paper above and below; a character keeps its part of the width."""
+def reframe(image, above=0, below=0, stretch=1.0):
+    """An image (HEIGHT, W) without high margins, with rows of paper added: (HEIGHT, new width)."""
     height, width = image.shape
-    padded = F.pad(without_margins(image), (0, 0, 5, 1), value=255)  # (rows, width)
-    return scaled(padded, width * height / len(padded))
-
-
-def wider(image):
-    """Stretched, for letters that stand close together."""
-    height, width = image.shape
-    closer = without_margins(image)  # (fewer rows, width)
-    return scaled(closer, 1.25 * width * height / len(closer))
-
-
-def without_margins(image):
-    """An image (H, W) with less of high margins above and below: (fewer rows, W)."""
-    top, bottom = inked_rows(image.numpy() < FAINT_TONE)
-    if not 0 < bottom - top <= 0.75 * len(image):
-        return image
-    margin = max(1, round(0.18 * (bottom - top)))
-    return image[max(0, top - margin) : bottom + margin]
-
-
-def scaled(image, width):
-    """An image, uint8 (any height, any width), brought to (HEIGHT, width)."""
-    size = max(PIXELS_PER_FRAME, round(width)), HEIGHT
+    top, bottom = inked_rows(image.numpy() < 155)  # lighter than INK_TONE: keeps faint ink
+    if 0 < bottom - top <= 0.75 * height:
+        margin = max(1, round(0.18 * (bottom - top)))  # about that of a line that fills its image
+        image = image[max(0, top - margin) : bottom + margin]  # (fewer rows, W)
+    image = F.pad(image, (0, 0, above, below), value=255)  # (rows, W)
+    size = max(PIXELS_PER_FRAME, round(stretch * width * height / len(image))), HEIGHT
     resized = Image.fromarray(image.numpy()).resize(size, Image.Resampling.BICUBIC)
-    return torch.from_numpy(np.array(resized))
+    return torch.from_numpy(np.array(resized))  # (HEIGHT, new width)
+
+
+# How an unsure image is read again: smaller, as text that fills the height is rare; and wider, for
+# letters that touch.
+SECOND_LOOKS = (invert, partial(reframe, above=5, below=1), partial(reframe, stretch=1.25))
 
 
 @torch.inference_mode()
 def read_once(model, images, batch_size):
     """Read images as they are. Returns Readings in their order, not calibrated."""
-    readings = [None] * len(images)
+    readings, by_width = [None] * len(images), defaultdict(list)
+    for i, image in enumerate(images):
+        by_width[padded_width(image.shape[1])].append(i)
     device = next(model.parameters()).device
     dtype = compute_dtype(device.type)
-    # Every new shape costs preparation, and memory that the next cannot use: few shapes.
-    multiple = 8 if len(images) > 1 else 1
-    for batch in similar_widths([image.shape[1] for image in images], batch_size):
-        ink, widths = pad_batch([images[i] for i in batch], multiple)  # (N, 1, H, W), (N,)
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            logits, frames = model(ink.to(device), widths)  # (T, N, C), (N,)
-        for i, reading in zip(batch, greedy_decode(logits, frames, model.charset)):
-            readings[i] = reading
+    for group in by_width.values():
+        for start in range(0, len(group), batch_size):
+            batch = group[start : start + batch_size]
+            ink = to_ink(torch.stack([pad(images[i]) for i in batch]))[:, None]  # (N, 1, H, W)
+            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                logits = model(ink.to(device))  # (T, N, C)
+            widths = [images[i].shape[1] / PIXELS_PER_FRAME for i in batch]
+            for i, reading in zip(batch, greedy_decode(logits, model.charset, widths)):
+                readings[i] = reading
     return readings
 
 
-def similar_widths(widths, batch_size):
-    """Yield lists of up to batch_size indices, by width, so that little is padded."""
-    batch = []
-    # In small batches more, since one more batch would cost more than the padding.
-    for i in sorted(range(len(widths)), key=widths.__getitem__):
-        limit = (1.25 if len(batch) >= 8 else 2) * widths[batch[0]] + 8 if batch else math.inf
-        if len(batch) == batch_size or widths[i] > limit:
-            yield batch
-            batch = []
-        batch.append(i)
-    if batch:
-        yield batch
-
-
 # --------------------------------------------------------------------------------------------------
-# Processes: one alone, or several that torchrun started. The first, of rank 0, prints and writes.
+# Processes: one alone, or several started by torchrun. The first, of rank 0, prints and writes.
 
 
 def world_size():
@@ -604,7 +610,7 @@ def rank():
 
 def workers_per_process(number):
     """How many of a machine's worker processes each process on it may have."""
-    return number // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return max(1, number // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
 def join_processes(backend="gloo"):
@@ -656,23 +662,32 @@ def save_tensors(path, content):
         temporary.write_bytes(memory.getbuffer())
 
 
+def preprocessing():
+    """The constants that decide what the network sees, by name."""
+    names = "HEIGHT PIXELS_PER_FRAME PADDING_STEP SMOOTHING MIN_TONES INK_TONE MIN_STROKES "
+    names += "USUAL_PITCH LOW_LINE USUAL_LINE"
+    return {name: globals()[name] for name in names.split()}
+
+
 def save_checkpoint(path, model):
-    """Write all that reading needs, and model.facts, plain values for the log, whole or not at all.
+    """Write all that reading needs, and model.facts, whole or not at all.
 
     The weights keep their dtype: model.half() halves the file.
     """
-    if not isinstance(model.norms[0], nn.BatchNorm2d):
+    if not isinstance(model.cnn[0][1], nn.BatchNorm2d):
         raise ValueError("a folded model only reads: load it with learn=True")
     content = dict(format=CHECKPOINT_FORMAT, charset=model.charset.characters, facts=model.facts)
     content |= dict(architecture=model.architecture, calibration=list(model.calibration))
+    content["preprocessing"] = preprocessing()
     content["weights"] = {name: tensor.cpu() for name, tensor in model.state_dict().items()}
     save_tensors(path, content)
 
 
 def load_checkpoint(path, device="cpu", learn=False):
-    """The CRNN that save_checkpoint wrote, folded for reading, or ready to go on learning.
+    """The CRNN that save_checkpoint wrote, folded for reading, or with learn=True to train on.
 
-    Raises InputError, one line, when it is missing, damaged, or not a checkpoint of this project.
+    Raises InputError, one line, when it is missing, damaged, not a checkpoint of this project, or
+    learned from images of another preprocessing.
     """
     remedy = "run python train_crnn.py first, or set MODEL_PATH (INIT_WEIGHTS) to another"
     if not Path(path).is_file():
@@ -681,12 +696,17 @@ def load_checkpoint(path, device="cpu", learn=False):
         content = torch.load(path, map_location=device, weights_only=True)  # runs no code of it
         if content["format"] != CHECKPOINT_FORMAT:
             raise ValueError(f"format {content['format']} instead of {CHECKPOINT_FORMAT}")
+        learned_with = content["preprocessing"]
         model = CRNN(Charset(content["charset"]), **content["architecture"])
         model.load_state_dict(content["weights"])
         model.calibration, model.facts = tuple(content["calibration"]), content["facts"]
     except Exception as error:  # torch.load alone raises pickle, zip, key and runtime errors
         reason = f"{type(error).__name__} {error}".splitlines()[0]
         raise InputError(f"{path} is not our checkpoint ({reason}): {remedy}") from None
+    for name, value in preprocessing().items():
+        if learned_with.get(name) != value:
+            was = f"{path} learned with {name} = {learned_with.get(name)}, crnn.py has {value}"
+            raise InputError(f"{was}: set it back, or train again")
     return model.to(device) if learn else folded(model.to(device))
 
 
@@ -716,37 +736,58 @@ def read_labels(csv_path):
     return rows.fillna("")  # a line with too few fields leaves NaN behind
 
 
+def write_labels(rows, csv_path):
+    """Write a DataFrame so that read_labels finds the same strings again; whole or not at all."""
+    with whole_file(csv_path) as temporary:
+        rows.to_csv(temporary, index=False, quoting=1, lineterminator="\n")  # 1: quote all
+
+
+def split_of(key, parts=20):
+    """The split of a word, a writer or a label: one in so many parts is val, and one is test.
+
+    By a hash of its lower-case letters: no test word is trained on in another spelling.
+    """
+    return {0: "val", 1: "test"}.get(zlib.crc32(key.lower().encode()) % parts, "train")
+
+
 def add_split(rows):
     """Fill in the columns source and split where a csv has none: train, val, test as 8 : 1 : 1."""
     if "source" not in rows:
         rows["source"] = "custom"
     if "split" not in rows:
-        # Equal labels go to one split, so that val and test measure texts never trained on; single
-        # characters go by their path, since one that is only in the test could not be learned.
-        keys = rows.label.where(rows.label.str.len() > 1, rows.image_path)
-        places = [zlib.crc32(key.encode()) % 10 for key in keys]
-        rows["split"] = [{0: "val", 1: "test"}.get(place, "train") for place in places]
+        # All images of a label go to one split, so val and test hold texts never trained on. But a
+        # character, or a label with many images (on, off), must be learned: those go one by one.
+        many = rows.groupby("label").label.transform("size") >= 10
+        keys = rows.label.where((rows.label.str.len() > 1) & ~many, rows.image_path)
+        rows["split"] = [split_of(key, parts=10) for key in keys]
     return rows
 
 
 # --------------------------------------------------------------------------------------------------
 # Scoring and looking
 
-LOOK_ALIKES = {"O": "0", "o": "0", "I": "1", "l": "1", "|": "1"}
-LOOK_ALIKES = str.maketrans(LOOK_ALIKES | {c: c.lower() for c in "CKMPSUVWXYZJ"})
+# One character for those that look alike by hand
+FOLDED = str.maketrans(
+    {"O": "0", "o": "0", "I": "1", "l": "1", "|": "1"} | {c: c.lower() for c in "CKMPSUVWXYZJ"}
+)
 
 
 def fold_lookalikes(text):
-    """One character for those that look alike by hand: {0 O o}, {1 I l |}, and c/C, k/K ..."""
-    return text.translate(LOOK_ALIKES)
+    """One character for those that look alike by hand: {0 O o}, {1 I l |}, and c/C, k/K ...
+
+    >>> fold_lookalikes("COil")
+    'c0i1'
+    """
+    return text.translate(FOLDED)
 
 
 def score_table(rows, by="source"):
     """Score the predictions of a DataFrame with columns label and prediction by another column.
 
     Returns a DataFrame, one row a group, the last all. Columns: images; exact, the share read
-    without any error; CER, edits over reference characters, summed over the group; single, how
-    many labels are one character; folded, the share of those that match with look-alikes folded.
+    without any error; ±, half of its 95 % interval; CER, edits over reference characters, summed
+    over the group; single, how many labels are one character; folded, the share of those that match
+    with look-alikes folded.
     """
     from rapidfuzz.distance import Levenshtein
 
@@ -761,14 +802,17 @@ def score_table(rows, by="source"):
         sums.loc["all"] = sums.sum()
     # Sums first and one division at the end: a mean of means would weigh small groups too much.
     sums["exact"] /= sums.images
+    # What a bootstrap over the images comes to, Wilson's way (1927), which holds near 0 and 1 too
+    n, z = sums.images, 1.96
+    sums["±"] = z * (sums.exact * (1 - sums.exact) / n + (z / n / 2) ** 2) ** 0.5 / (1 + z * z / n)
     sums["CER"] = sums.edits / sums.characters.clip(lower=1)
     sums["folded"] /= sums.single.where(sums.single > 0)
-    return sums[["images", "exact", "CER", "single", "folded"]]
+    return sums[["images", "exact", "±", "CER", "single", "folded"]]
 
 
 def format_score_table(table):
     """The table of score_table as text, shares in percent."""
-    percent = dict.fromkeys(["exact", "CER", "folded"], "{:.2%}".format)
+    percent = dict.fromkeys(["exact", "CER", "folded"], "{:.2%}".format) | {"±": "{:.1%}".format}
     return table.to_string(formatters=percent, na_rep="-", index_names=False)
 
 
@@ -786,7 +830,8 @@ def contact_sheet(path, cells, columns, width=230):
     height = tall + 2 * line + margin
     ours = Path(__file__).parent / "myFonts" / "DejaVuSans.ttf"  # it has every sign of the charset
     font = ImageFont.truetype(str(ours), 13) if ours.exists() else ImageFont.load_default(13)
-    sheet = Image.new("RGB", (columns * width, max(1, -(-len(cells) // columns)) * height), "white")
+    rows = max(1, math.ceil(len(cells) / columns))
+    sheet = Image.new("RGB", (columns * width, rows * height), "white")
     draw = ImageDraw.Draw(sheet)
     for i, (image, captions) in enumerate(cells):
         x, y = i % columns * width + margin, i // columns * height + margin

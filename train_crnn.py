@@ -3,77 +3,69 @@
     python train_crnn.py
     torchrun --nproc_per_node=4 train_crnn.py       (on four GPUs, or four processes of a CPU)
 
-Prints which rows it leaves out, one line per epoch, and at the end a table of the test rows. What
-reads the validation rows best is in MODEL_PATH, with all that reading needs: an epoch, the starting
-weights, or the mean of these and the last epoch. Beside it are history.csv and training_curves.png.
-Stop with Ctrl-C at any time; RESUME goes on.
+Prints which rows it skips and why, one line per epoch, and a table of the test rows at the end.
+Saves the epoch with the best validation accuracy to MODEL_PATH, with everything inference needs,
+and history.csv and training_curves.png beside it. Stop with Ctrl-C at any time; RESUME continues.
 """
 
+import math
 import os
-import shutil
 import tempfile
 import time
 import unicodedata
 import zlib
-from collections import namedtuple
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import ExitStack
-from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
-from torch.optim.swa_utils import AveragedModel
-from tqdm import tqdm
+from tqdm.contrib.concurrent import thread_map
 
 import crnn
-from crnn import BLANK, CRNN, HEIGHT, InputError, num_frames, rank, whole_file, world_size
+from crnn import BLANK, CRNN, InputError, rank, whole_file, world_size
 
 # --------------------------------------------------------------------------------------------------
 # Data and files
 DATA_CSV = "datasets/data.csv"  # image_path,label and perhaps source,split; paths from its folder
-MODEL_PATH = "ocr_crnn_model/crnn.pth"  # the best weights; the state to resume from lies beside it
-INIT_WEIGHTS = "ocr_crnn_model/pretrained.pth"  # checkpoint to start from; None: from nothing
-RESUME = False  # go on from the last complete epoch of the same data and constants
-MIN_CHARACTER_ROWS = 3  # a rarer character of the training labels is treated as a typo
+MODEL_PATH = "ocr_crnn_model/crnn.pth"  # the best epoch; the state to resume from is beside it
+INIT_WEIGHTS = None  # None: from nothing; "ocr_crnn_model/pretrained.pth": fine-tune these weights
+RESUME = False  # continue after the last complete epoch, with the same data and constants
+MIN_CHARACTER_ROWS = 3  # a character in fewer training labels is treated as a typo
 
 # Recipes. Learning rates are the peaks of one-cycle schedules.
 FROM_NOTHING = dict(
     channels=(32, 64, 96, 192),  # of the CNN's stages; the last is the number of features per frame
     hidden=192,  # LSTM units in each direction
-    blocks=0,  # residual ones on the features
+    blocks=0,  # residual convolutions on the features
     matrix_learning_rate=1e-2,  # of Muon, for the matrices of the convolutions and the LSTM
     learning_rate=3e-3,  # of AdamW, for all other weights
     shortcut_weight=0.1,  # of a second CTC loss, on the CNN's features; its head is not kept
     frozen_norms=0.25,  # final share of training with batch norm frozen
 )
-# From INIT_WEIGHTS, whose characters and size are kept. Larger steps would unlearn what the new
-# images do not show, and the first errors of a second head would pull learned weights away.
+# Small steps, so that fine-tuning does not forget; no shortcut head, whose random start would
+# disturb trained features. The size of the network is that of INIT_WEIGHTS.
 FINE_TUNE = dict(matrix_learning_rate=1e-3, learning_rate=3e-4, shortcut_weight=0, frozen_norms=1)
-EPOCHS = 1  # passes over the training rows; from nothing, 3 are few and 10 are better
+EPOCHS = 5  # passes over the training rows
 MIN_STEPS = 1_500  # batches; with few images there are more epochs, until there are as many
-BATCH_SIZE = 32  # images of a step, all of about one width, over all processes together
+BATCH_SIZE = 32  # images of one padded width in a step, over all processes together
 WARM_UP = 0.1  # share of training in which the learning rates rise to their peak
 WEIGHT_DECAY = 1e-2  # of AdamW
 DROPOUT = 0.0  # share of the features and of the LSTM's output that is zeroed
 AUGMENT = 1.0  # strength of the random changes to the training images; 0: none
-BLANKS = 0.01  # share of blank images, labelled ""
+BLANKS = 0.01  # share of training images that are replaced by empty paper, labelled ""
 
 # How
 SEED = 0  # the same seed, data and machine give the same weights
-NUM_WORKERS = min(os.cpu_count() or 1, 61)  # that decode images at the start; Windows takes 61
+NUM_THREADS = os.cpu_count() or 1  # that decode images at the start
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # under torchrun, a GPU for each process
 PRECISION = None  # "bfloat16", "float16", "float32"; None: bfloat16 where the hardware has it
 # --------------------------------------------------------------------------------------------------
 
-BUCKET = 16  # pixels; the training images of a batch are padded to a common multiple of it
-SHOWN = 3  # rows named per reason for leaving rows out, and examples shown per epoch
-# Constants that may differ when a training is resumed; all others must be the same.
-FREE = {"FREE", "DATA_CSV", "MODEL_PATH", "RESUME", "NUM_WORKERS", "DEVICE", "SHOWN"}
+SHOWN = 3  # rows named per reason for skipping rows, and examples shown per epoch
+ENOUGH = 5_000  # training images below which learning from nothing comes to little
 
 
 def recipe():
@@ -91,14 +83,14 @@ def read_rows(known):
     spaced = rows.label != rows.label.str.strip(" ")
     if spaced.any():
         rows["label"] = rows.label.str.strip(" ")
-        print(f"{spaced.sum():,} labels lose the space at an end: no image tells it from a margin")
+        print(f"stripped spaces from the ends of {spaced.sum():,} labels: no image shows them")
     unknown_splits = sorted(set(rows.split) - {"train", "val", "test"})
     if unknown_splits:
         raise InputError(f"{DATA_CSV} has the split {unknown_splits[0]!r}: use train, val or test")
-    trained = rows.label[rows.split == "train"]
-    held = [c for label in trained for c in set(label) if not is_control(c)]
-    counts = pd.Series(held, dtype=str).value_counts()
+    in_training = [set(label) for label in rows.label[rows.split == "train"]]
+    counts = pd.Series([c for label in in_training for c in label], dtype=str).value_counts()
     new = sorted(c for c, n in counts.items() if n >= MIN_CHARACTER_ROWS and c not in known)
+    new = [c for c in new if not is_control(c)]
     if not known and not new:
         few = f"MIN_CHARACTER_ROWS = {MIN_CHARACTER_ROWS}"
         raise InputError(f"{DATA_CSV} has no training labels: {few} of them must share a character")
@@ -110,7 +102,7 @@ def is_control(character):
     return unicodedata.category(character)[0] == "C"
 
 
-def reason_to_leave_out(label, image, reason, charset):
+def reason_to_skip(label, image, reason, charset):
     """Why a row cannot be used, and its particulars; (None, "") where it can. See crnn.try_load."""
     if not label:
         return "empty label", ""
@@ -121,129 +113,95 @@ def reason_to_leave_out(label, image, reason, charset):
         return rare, crnn.describe(charset.unknown(label)[0])
     if image is None:
         return "missing or unreadable image", reason
-    needed, frames = crnn.frames_needed(label), num_frames(image.shape[1])
-    if needed > frames:
-        return "label that cannot fit its image", f"it needs {needed} frames, {frames} are there"
+    if not crnn.fits(label, image):
+        needed, frames = crnn.frames_needed(label), crnn.num_frames(image.shape[1])
+        return (
+            "label that cannot fit its image",
+            f"it needs {needed} frames, the image has {frames}",
+        )
     return None, ""
 
 
-def load_images(paths):
-    """Yield what crnn.try_load returns for each path, in order; worker processes decode them."""
-    workers = crnn.workers_per_process(NUM_WORKERS)
-    with ExitStack() as stack:
-        loaded = map(load_array, paths)
-        if workers > 1 and len(paths) >= 500:  # starting processes takes longer than reading fewer
-            pool = stack.enter_context(ProcessPoolExecutor(workers))
-            loaded = pool.map(load_array, paths, chunksize=128)
-        look = dict(unit="img", disable=rank() > 0 or None)  # None: no bar in a log file
-        yield from tqdm(loaded, "reading images", len(paths), **look)
+class Bucket(NamedTuple):
+    """Training images of one padded width, so that a batch is one indexing."""
 
-
-def load_array(path):
-    """crnn.try_load with the image as an array, which passes between processes cheaply."""
-    image, reason = crnn.try_load(path)
-    return (None, reason) if image is None else (image.numpy(), None)
-
-
-# Training images padded with paper to one width, so that a batch is one indexing: images, uint8
-# (n, 1, HEIGHT, W); targets, int64 (n, longest), filled up with BLANK; lengths of these, int64 (n,)
-Bucket = namedtuple("Bucket", "images targets lengths")
-
-
-def make_bucket(width, images, targets):
-    """A Bucket of arrays (HEIGHT, <= width) and lists of classes."""
-    pixels = torch.full((len(images), 1, HEIGHT, width), 255, dtype=torch.uint8)  # (n, 1, H, W)
-    padded = torch.full((len(images), max(map(len, targets))), BLANK)  # (n, longest)
-    for i, (image, target) in enumerate(zip(images, targets)):
-        pixels[i, 0, :, : image.shape[1]] = torch.from_numpy(image)
-        padded[i, : len(target)] = torch.tensor(target)
-    return Bucket(pixels, padded, torch.tensor(list(map(len, targets))))
-
-
-def bucket_width(width):
-    """Steps of BUCKET pixels up to 256, then ever wider ones, since long lines are few."""
-    step = BUCKET * max(1, 2 ** max(0, (width - 1).bit_length() - 8))
-    return -(-width // step) * step
+    images: torch.Tensor  # uint8 (n, 1, HEIGHT, W), 255 = paper
+    targets: torch.Tensor  # int64 (n, longest), filled up with BLANK
+    lengths: torch.Tensor  # int64 (n,), of the targets
 
 
 def load_rows(rows, charset):
-    """Decode the images of rows: a dict from width to Bucket, and val and test rows with image."""
-    paths = [str(Path(DATA_CSV).parent / path) for path in rows.image_path]
-    widths, reasons, images = {}, [], []
-    for row, (image, reason) in zip(rows.itertuples(), load_images(paths)):
-        reasons.append(reason_to_leave_out(row.label, image, reason, charset))
-        used = reasons[-1][0] is None
-        images.append(image if used and row.split != "train" else None)
-        if used and row.split == "train":
-            arrays, targets = widths.setdefault(bucket_width(image.shape[1]), ([], []))
-            arrays.append(image)
-            targets.append(charset.encode(row.label))
-    # One by one, so that the decoded images are not held twice.
-    buckets = {width: make_bucket(width, *widths.pop(width)) for width in sorted(widths)}
-    rows = rows.assign(reason=[r for r, _ in reasons], particulars=[p for _, p in reasons])
-    everything = pd.concat(gather(rows))
-    report_data(everything, charset)
-    if not ((everything.split == "train") & everything.reason.isna()).any():
+    """Decode the images of rows. Returns Buckets of the train rows, and the val and test rows.
+
+    The latter two are DataFrames with a column image, uint8 (HEIGHT, W).
+    """
+    paths = [Path(DATA_CSV).parent / path for path in rows.image_path]
+    bar = dict(desc="reading images", unit="img", disable=rank() > 0 or None)
+    loaded = thread_map(crnn.try_load, paths, max_workers=NUM_THREADS, **bar)
+    reasons = [
+        reason_to_skip(label, image, reason, charset)
+        for label, (image, reason) in zip(rows.label, loaded)
+    ]
+    rows = rows.assign(image=[image for image, _ in loaded])
+    rows["reason"], rows["particulars"] = zip(*reasons)
+    report_data(rows, charset)
+    kept = rows[rows.reason.isna()]
+    train, val, test = (kept[kept.split == split] for split in ("train", "val", "test"))
+    if train.empty:
         raise InputError(f"{DATA_CSV} leaves no row to train on: see the reasons above")
-    rows = rows.assign(image=images)
-    return buckets, rows[rows.image.notna()]
+    if val.empty:
+        print("no val rows: accuracy is measured on training rows, which says little about others")
+        val = train[:: math.ceil(len(train) / 1000)]  # enough to see whether it learns
+    widths = train.image.map(lambda image: crnn.padded_width(image.shape[1]))
+    return [make_bucket(group, charset) for _, group in train.groupby(widths)], val, test
+
+
+def make_bucket(rows, charset):
+    """A Bucket of rows whose images have one padded width."""
+    targets = [charset.encode(label) for label in rows.label]
+    padded = torch.full((len(rows), max(map(len, targets))), BLANK)  # (n, longest)
+    for row, target in zip(padded, targets):
+        row[: len(target)] = torch.tensor(target)
+    images = torch.stack([crnn.pad(image) for image in rows.image])[:, None]  # (n, 1, HEIGHT, W)
+    return Bucket(images, padded, torch.tensor([len(target) for target in targets]))
 
 
 def report_data(rows, charset):
-    """Print rows by source and split, the charset, the longest label, and what is left out, why."""
-    kept, left_out = rows[rows.reason.isna()], rows[rows.reason.notna()]
+    """Print rows by source and split, the charset, and which rows are skipped or never trained."""
+    kept, skipped = rows[rows.reason.isna()], rows[rows.reason.notna()]
     print(f"{DATA_CSV}: {len(rows):,} rows, of which used:")
     print(kept.groupby(["source", "split"]).size().unstack(fill_value=0).to_string())
     longest = max(kept.label, key=len, default="")
     print(f"longest label: {len(longest)} characters, {longest!r}")
     print(f"charset: {len(charset.characters)} characters, {charset.characters!r}")
-    for reason, group in left_out.groupby("reason"):
-        print(f"left out: {len(group):,} rows, {reason}")
+    for reason, group in skipped.groupby("reason"):
+        print(f"skipped: {len(group):,} rows, {reason}")
         for row in group.head(SHOWN).itertuples():
             print(f"    {row.image_path} {row.label[:40]!r} {row.particulars}".rstrip())
+    trained = set(kept.label[kept.split == "train"])
+    counts = kept.label[~kept.label.isin(trained)].value_counts()
+    repeated = counts[counts > 1]  # a text that occurs once is there to measure new texts by
+    if len(repeated):
+        names = ", ".join(f"{label!r} ({n} images)" for label, n in repeated.head(SHOWN).items())
+        print(f"never trained on, as all their images are in val or test: {names}", end="")
+        print(f" and {len(repeated) - SHOWN:,} more labels" * (len(repeated) > SHOWN))
+    if not INIT_WEIGHTS and len(kept) < ENOUGH:
+        print(f"{len(kept):,} images are few to learn from nothing: to start from the bundled")
+        print('weights, set INIT_WEIGHTS = "ocr_crnn_model/pretrained.pth"')
 
 
-def some_training_rows(buckets, charset):
-    """Some training images with their labels in the form of val rows, for data that has none."""
-    print("no val rows: exact match is measured on training rows, which says little about others")
-    rows = []
-    for bucket in buckets.values():
-        for image, target, length in zip(*(tensor[:200] for tensor in bucket)):
-            rows.append((image[0].numpy(), charset.decode(target[:length].tolist()), "train"))
-    return pd.DataFrame(rows, columns=["image", "label", "source"])
-
-
-def gather(part):
-    """A list of every process's part, in the order of ranks. Each waits here for all others."""
-    parts = [part]
-    if world_size() > 1:
-        parts = [None] * world_size()
-        dist.all_gather_object(parts, part)
-    return parts
-
-
-def common_sizes(buckets):
-    """How many images of each width every process has, so that all can make the same batches."""
-    sizes = gather({width: len(bucket.images) for width, bucket in buckets.items()})
-    widths = sorted(set().union(*sizes))
-    common = {width: min(size.get(width, 0) for size in sizes) for width in widths}
-    dropped = sum(sum(size.values()) for size in sizes) - len(sizes) * sum(common.values())
-    if dropped:
-        print(f"{dropped:,} images, others each epoch, are dropped to keep the processes in step")
-    return {width: size for width, size in common.items() if size}
-
-
-def shuffled_batches(buckets, sizes, batch_size):
-    """(bucket, indices) of every batch of an epoch in random order, by torch's own generator."""
-    # All processes come with the same seed and get the same widths in the same order, since the
-    # slowest of them sets the pace; then each takes a seed, and so images, of its own.
-    order = torch.randperm(sum(-(-size // batch_size) for size in sizes.values())).tolist()
-    torch.manual_seed(torch.initial_seed() + rank())
+def shuffle_batches(buckets, generator):
+    """(bucket, indices) of every batch of an epoch in random order; each process has its share."""
     batches = []
-    for width, size in sizes.items():
-        chosen = torch.randperm(len(buckets[width].images))[:size]
-        batches += [(buckets[width], indices) for indices in chosen.split(batch_size)]
-    return [batches[i] for i in order]
+    for bucket in buckets:
+        order = torch.randperm(len(bucket.images), generator=generator)
+        batches += [(bucket, indices) for indices in order.split(BATCH_SIZE)]
+    # All processes shuffle alike, so that each has its part of the same batch; where the last of a
+    # bucket is too small for that, its images are taken twice.
+    order = torch.randperm(len(batches), generator=generator).tolist()
+    for bucket, indices in (batches[i] for i in order):
+        indices = indices.repeat(math.ceil(world_size() / len(indices)))
+        yield bucket, indices[rank() :: world_size()]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -253,86 +211,80 @@ def shuffled_batches(buckets, sizes, batch_size):
 
 def augment(ink, strength):
     """Ink (N, 1, H, W) moved, bent and worn, each line in its own way."""
-    return worn(moved(ink, strength), strength)
+    return wear(move(ink, strength), strength)
 
 
-def spreading(ink, strength):
-    """A function that gives random numbers from -strength to strength, of a shape."""
-    return lambda *shape: (torch.rand(*shape, device=ink.device) * 2 - 1) * strength
+def spread(n, strength, like):
+    """A random number from -strength to strength for each of n lines, (n, 1, 1, 1)."""
+    return (torch.rand(n, 1, 1, 1, device=like.device) * 2 - 1) * strength
 
 
-def moved(ink, strength):
-    """Ink (N, 1, H, W) scaled, turned, slanted, shifted and bent."""
-    (n, _, height, width), spread = ink.shape, spreading(ink, strength)
-    ratio = width / height  # grid_sample counts both axes from -1 to 1
-    angle, slant = spread(n) * 0.04, spread(n) * 0.25  # radians; columns per row
-    scale_x = 1 + 0.05 * strength + spread(n) * 0.07  # mostly smaller
-    scale_y = 1 + 0.06 * strength + spread(n) * 0.12
-    # Within the room so made: a character moved out of the image would still be in the label.
-    shift_x = spread(n) * (scale_x - 1).relu()
-    shift_y = spread(n) * ((scale_y - 1).relu() + 0.04)
-    matrix = [scale_x, slant / ratio, shift_x, angle * ratio, scale_y, shift_y]
-    matrix = torch.stack(matrix, 1).view(n, 2, 3)  # (N, 6) -> (N, 2, 3)
-    grid = F.affine_grid(matrix, list(ink.shape), align_corners=False)  # (N, H, W, 2)
-    bend = spread(n, 2, 3, 2 + width // 16) * 0.05  # (N, 2, 3, few)
-    bend[:, 0] /= max(1, ratio)
-    bend = F.interpolate(bend, (height, width), mode="bilinear", align_corners=True)  # (N, 2, H, W)
-    return F.grid_sample(ink, grid + bend.permute(0, 2, 3, 1), align_corners=False)  # (N, 1, H, W)
-
-
-def worn(ink, strength):
-    """Ink (N, 1, H, W) thicker or thinner, on ruled paper, blurred or sharp, faint and noisy."""
-    (n, _, height, width), spread = ink.shape, spreading(ink, strength)
-    weight = (spread(n, 1, 1, 1) - 0.1) * some(n, 0.5, ink)
-    thicker, thinner = over3x3(ink, torch.maximum), over3x3(ink, torch.minimum)
-    ink = ink + weight.clamp(min=0) * 0.6 * (thicker - ink)
-    ink = ink + (-weight).clamp(min=0) * 0.35 * (thinner - ink)
-    if width > 2 * height:  # in narrow images a ruled line could be taken for a dash
-        ink = torch.maximum(ink, ruled_lines(ink) * some(n, 1 / 12, ink) * min(1, strength))
-    blur = spread(n, 1, 1, 1) * some(n, 0.7, ink)  # below 0: sharper, as large scans come out
-    ink = ink + blur * (over3x3(ink, torch.add) / 9 - ink)
-    contrast, noise = 1 + spread(n, 1, 1, 1) * 0.15, spread(n, 1, 1, 1).clamp(min=0) * 0.08
-    return ink * contrast + noise * torch.randn_like(ink)
-
-
-def some(n, share, like):
-    """1 for a share of the lines, 0 for the others, (n, 1, 1, 1)."""
+def choose(n, share, like):
+    """1 for a share of n lines, 0 for the others, (n, 1, 1, 1)."""
     return (torch.rand(n, 1, 1, 1, device=like.device) < share).float()
 
 
-def ruled_lines(ink):
-    """A nearly level line from side to side for each of (N, 1, H, W), as ink of the same shape."""
+def move(ink, strength):
+    """Ink (N, 1, H, W) scaled, turned, slanted, shifted and bent."""
     n, _, height, width = ink.shape
-    place, tilt, tone = torch.rand(3, n, 1, 1, 1, device=ink.device)
-    rows = torch.arange(height, device=ink.device)[:, None]  # (H, 1)
-    across = torch.linspace(-1, 1, width, device=ink.device)  # (W,)
+    ratio = width / height  # grid_sample counts both axes from -1 to 1
+    limits = torch.tensor([0.04, 0.25, 0.07, 0.12, 1, 1], device=ink.device) * strength
+    angle, slant, scale_x, scale_y, x, y = (
+        (torch.rand(n, 6, device=ink.device) * 2 - 1) * limits  # radians, columns per row, scales
+    ).T  # (N, 6) -> six of (N,)
+    scale_x, scale_y = 1 + 0.05 * strength + scale_x, 1 + 0.06 * strength + scale_y  # most smaller
+    # Shifted within the room so made: what is moved out of the image would still be in the label.
+    x, y = x * (scale_x - 1).relu(), y * ((scale_y - 1).relu() + 0.04)
+    matrix = torch.stack([scale_x, slant / ratio, x, angle * ratio, scale_y, y], 1)  # (N, 6)
+    grid = F.affine_grid(matrix.view(n, 2, 3), list(ink.shape), align_corners=False)  # (N, H, W, 2)
+    few = (torch.rand(n, 2, 3, 2 + width // 16, device=ink.device) * 2 - 1) * 0.05 * strength
+    few[:, 0] /= max(1, ratio)
+    bend = F.interpolate(few, (height, width), mode="bilinear", align_corners=True)  # (N, 2, H, W)
+    return F.grid_sample(ink, grid + bend.permute(0, 2, 3, 1), align_corners=False)  # (N, 1, H, W)
+
+
+def wear(ink, strength):
+    """Ink (N, 1, H, W) thicker or thinner, on ruled paper, blurred or sharp, faint and noisy."""
+    n, _, height, width = ink.shape
+    weight = (spread(n, strength, ink) - 0.1) * choose(n, 0.5, ink)
+    thicker, thinner = combine3x3(ink, torch.maximum), combine3x3(ink, torch.minimum)
+    ink = ink + weight.clamp(min=0) * 0.6 * (thicker - ink)
+    ink = ink + (-weight).clamp(min=0) * 0.35 * (thinner - ink)  # less: thin strokes must not go
+    if width > 2 * height:  # in narrow images a ruled line could be taken for a dash
+        ink = torch.maximum(ink, rule(ink) * choose(n, 1 / 12, ink) * min(1, strength))
+    blur = spread(n, strength, ink) * choose(n, 0.7, ink)  # below 0: sharper, as in large scans
+    ink = ink + blur * (combine3x3(ink, torch.add) / 9 - ink)
+    noise = spread(n, strength, ink).clamp(min=0) * 0.08 * torch.randn_like(ink)
+    return ink * (1 + 0.15 * spread(n, strength, ink)) + noise
+
+
+def rule(like):
+    """A nearly level line from side to side for each of (N, 1, H, W), as ink of the same shape."""
+    n, _, height, width = like.shape
+    place, tilt, tone = torch.rand(3, n, 1, 1, 1, device=like.device)
+    rows = torch.arange(height, device=like.device)[:, None]  # (H, 1)
+    across = torch.linspace(-1, 1, width, device=like.device)  # (W,)
     distance = (rows - place * height - (tilt - 0.5) * 4 * across).abs()  # (N, 1, H, W)
     return (1.2 - distance).clamp(0, 1) * tone
 
 
-def empty_paper(like):
+def draw_empty_paper(like):
     """Paper without text, of the shape of ink (N, 1, H, W), in the tones that load_image leaves."""
     n, _, height, width = like.shape
-    rand = partial(torch.rand, device=like.device)
-    light = rand(n, 1, 2, 3)
-    middle = (light[..., 0] + light[..., 2]) / 2
-    aside = rand(n, 1, 1) < 0.5  # some are lit from one side
-    light[..., 1] = torch.where(aside, middle, light[..., 1])
-    shade = F.interpolate(light, (height, width), mode="bilinear", align_corners=True)
-    grain, soft = torch.randn_like(like), 0.5 + rand(n, 1, 1, 1) / 2  # it is smoothed as well
-    grain = soft * 2 / 9 * over3x3(grain, torch.add) + (1 - soft) * grain
-    ink = rand(n, 1, 1, 1) ** 2 * shade + 0.3 * rand(n, 1, 1, 1) ** 2 * grain  # most are faint
-    ink = ink * some(n, 0.75, ink)
-    ink = (ink - ink.amin((2, 3), keepdim=True)).clamp(0, 1)
+    few = torch.rand(n, 1, 2, 3, device=like.device)  # tones, unevenly lit
+    shade = F.interpolate(few, (height, width), mode="bilinear", align_corners=True)  # (N, 1, H, W)
+    grain = 0.3 * combine3x3(torch.randn_like(like), torch.add) / 4
+    faint = torch.rand(2, n, 1, 1, 1, device=like.device) ** 2  # squared, as most paper is even
+    ink = faint[0] * shade + faint[1] * grain
+    ink = ink - ink.amin((2, 3), keepdim=True)
     if width > 2 * height:
-        ink = torch.maximum(ink, ruled_lines(ink) * some(n, 0.25, ink))
+        ink = torch.maximum(ink, rule(ink) * choose(n, 0.25, ink))
+    # Stretched and, if mostly dark, inverted, as load_image does it
     ink = ink / ink.amax((2, 3), keepdim=True).clamp(min=crnn.MIN_TONES / 255)
-    ink = torch.where(ink.mean((2, 3), keepdim=True) > 0.5, 1 - ink, ink)
-    ends = (rand(n, 1, 1, 1) * 2 * width).clamp(min=8)  # half are narrower than their batch
-    return ink * (torch.arange(width, device=like.device) < ends)
+    return torch.where(ink.mean((2, 3), keepdim=True) > 0.5, 1 - ink, ink)
 
 
-def over3x3(x, combine):
+def combine3x3(x, combine):
     """Every pixel combined with its neighbours, (N, 1, H, W); here faster than torch's poolings."""
     x = F.pad(x, (1, 1, 1, 1), mode="replicate")  # (N, 1, H + 2, W + 2)
     x = combine(combine(x[..., :-2], x[..., 1:-1]), x[..., 2:])  # (N, 1, H + 2, W)
@@ -344,34 +296,27 @@ def over3x3(x, combine):
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum with orthogonal updates (Keller Jordan 2024, kellerjordan.github.io/posts/muon)."""
+    """Momentum with orthogonal updates (Keller Jordan 2024, kellerjordan.github.io/posts/muon).
 
-    # A convolution counts as a matrix (out, in * rows * columns), an LSTM's weight as four,
-    # one per gate. torch's own Muon takes two-dimensional weights only, one at a time.
+    A convolution counts as a matrix (out, in * rows * columns), an LSTM's weight as four, one per
+    gate. torch's own Muon takes two-dimensional weights only.
+    """
 
     def __init__(self, matrices, lr, momentum=0.95):
         super().__init__(matrices, dict(lr=lr, momentum=momentum))
 
     @torch.no_grad()
     def step(self):
-        """Update all weights, those of equal shape in one go."""
         for group in self.param_groups:
-            updates = {}  # shape -> weights and their updates
             for weight in group["params"]:
                 if not self.state[weight]:
                     self.state[weight]["average"] = torch.zeros_like(weight)
-                average = self.state[weight]["average"]
-                average.lerp_(weight.grad, 1 - group["momentum"])
+                average = self.state[weight]["average"].lerp_(weight.grad, 1 - group["momentum"])
                 update = weight.grad.lerp(average, group["momentum"])  # Nesterov's look ahead
-                gates = 4 if update.ndim == 2 else 1
-                update = update.reshape(gates, len(update) // gates, -1)  # (gates, rows, columns)
-                updates.setdefault(update.shape[1:], []).append((weight, update))
-            for (rows, columns), pairs in updates.items():
-                new = orthogonal(torch.cat([update for _, update in pairs]))  # (n, rows, columns)
-                new = new * max(1, rows / columns) ** 0.5
-                parts = new.split([len(update) for _, update in pairs])
-                for (weight, _), part in zip(pairs, parts):
-                    weight.add_(part.reshape(weight.shape), alpha=-group["lr"])
+                gates = 4 if weight.ndim == 2 else 1
+                update = orthogonalize(update.reshape(gates, len(weight) // gates, -1))
+                rate = group["lr"] * max(1, update.shape[1] / update.shape[2]) ** 0.5
+                weight.add_(update.reshape(weight.shape), alpha=-rate)
 
 
 # Of x -> a x + b x^3 + c x^5, fitted so that three steps bring singular values near 1; the usual
@@ -379,7 +324,7 @@ class Muon(torch.optim.Optimizer):
 NEWTON_SCHULZ = ((4.7229, -12.9631, 9.3512), (3.3768, -6.3701, 3.3536), (3.2799, -5.2171, 3.0111))
 
 
-def orthogonal(x):
+def orthogonalize(x):
     """Matrices (n, rows, columns) to their nearest orthogonal ones, roughly, by Newton-Schulz."""
     wide = x.mT if x.shape[1] > x.shape[2] else x
     wide = wide / (wide.norm(dim=(1, 2), keepdim=True) + 1e-7)
@@ -392,16 +337,24 @@ def orthogonal(x):
 
 
 def make_optimizers(net, steps):
-    """Muon for the matrices of convolutions and LSTMs, AdamW for all else, and their schedules."""
-    layers = [*net.crnn.convolutions, net.crnn.forth, net.crnn.back]
-    matrices = [p for layer in layers for p in layer.parameters() if p.ndim > 1]
+    """What a step needs and resuming restores, by name.
+
+    Muon for the matrices of the CNN and the LSTM, AdamW for all else, their schedules, and a scaler
+    of the loss for float16.
+    """
+    layers = [*net.crnn.cnn.parameters(), *net.crnn.lstm.parameters()]
+    matrices = [p for p in layers if p.ndim > 1]
     others = [p for p in net.parameters() if not any(p is matrix for matrix in matrices)]
     rates = recipe()["matrix_learning_rate"], recipe()["learning_rate"]
     adamw = torch.optim.AdamW(others, rates[1], weight_decay=WEIGHT_DECAY, fused=True)
-    optimizers = [Muon(matrices, rates[0]), adamw]
+    optimizers = dict(muon=Muon(matrices, rates[0]), adamw=adamw)
     cycle = dict(total_steps=steps + 1, pct_start=WARM_UP, cycle_momentum=False)
-    make = torch.optim.lr_scheduler.OneCycleLR
-    return optimizers, [make(each, rate, **cycle) for each, rate in zip(optimizers, rates)]
+    parts = dict(optimizers)
+    for rate, (name, optimizer) in zip(rates, optimizers.items()):
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, **cycle)
+        parts[f"{name} schedule"] = schedule
+    half = crnn.compute_dtype(torch.device(DEVICE).type, PRECISION) == torch.float16
+    return parts | dict(scaler=torch.amp.GradScaler(torch.device(DEVICE).type, enabled=half))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -418,20 +371,20 @@ class WithShortcut(nn.Module):
         # It makes the features learn sooner, and is dropped afterwards.
         self.shortcut = nn.Linear(features, classes) if recipe()["shortcut_weight"] else None
 
-    def forward(self, ink, widths):
-        """Ink (N, 1, H, W) and widths (N,) to the logits of each head, (T, N, C)."""
-        features = self.crnn.features(ink, widths)  # (T, N, D)
+    def forward(self, ink):
+        """Ink (N, 1, H, W) to the logits of each head, (T, N, C)."""
+        features = self.crnn.features(ink)  # (T, N, D)
         logits = self.crnn.sequence(features)  # (T, N, C)
         return (logits, self.shortcut(features)) if self.shortcut else (logits,)
 
 
-def starting_model(charset):
+def make_model(charset):
     """The network to train: a new one, or that of INIT_WEIGHTS with its weights by character."""
     if not INIT_WEIGHTS:
         sizes = {name: recipe()[name] for name in ("channels", "hidden", "blocks")}
         return CRNN(charset, dropout=DROPOUT, **sizes)
     start = crnn.load_checkpoint(INIT_WEIGHTS, learn=True)
-    model = CRNN(charset, **dict(start.architecture, dropout=DROPOUT))
+    model = CRNN(charset, dropout=DROPOUT, **start.architecture)
     weights, known = start.float().state_dict(), start.charset.index
     for name in ("linear.weight", "linear.bias"):
         rows = model.state_dict()[name].clone()  # (C,) or (C, D), of this charset
@@ -445,7 +398,18 @@ def starting_model(charset):
     return model
 
 
-def train_step(net, optimizers, scaler, images, targets, lengths):
+def freeze_norms(net, epoch, epochs):
+    """Freeze the batch norms in the last epochs, so that training sees what reading will."""
+    learning = epochs * (1 - recipe()["frozen_norms"])  # epochs in which they still learn
+    if not INIT_WEIGHTS:
+        learning = max(1, learning)  # a new network has no averages to use yet
+    if epoch > learning:
+        for layer in net.modules():
+            if isinstance(layer, nn.BatchNorm2d):
+                layer.eval()
+
+
+def train_step(net, parts, images, targets, lengths):
     """One step on uint8 images (N, 1, H, W) and their targets, see Bucket. Returns the loss."""
     device = next(net.parameters()).device
     dtype = crnn.compute_dtype(device.type, PRECISION)
@@ -454,56 +418,52 @@ def train_step(net, optimizers, scaler, images, targets, lengths):
         ink = augment(ink, AUGMENT)
     blank = torch.rand(len(ink)) < BLANKS  # (N,)
     if blank.any():
-        ink[blank.to(device)] = empty_paper(ink[blank.to(device)])
+        ink[blank.to(device)] = draw_empty_paper(ink[blank.to(device)])
     lengths = lengths.masked_fill(blank, 0)  # (N,)
-    widths = torch.full((len(ink),), ink.shape[3])  # the padding is paper, and part of the image
     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-        heads = net(ink, widths)  # (T, N, C) each
+        heads = net(ink)  # (T, N, C) each
     # In float32, and the mean over images of the loss per character
     log_probs = [logits.float().log_softmax(2) for logits in heads]
-    frames, targets = num_frames(widths), targets.to(device)
+    frames, targets = torch.full((len(ink),), len(log_probs[0])), targets.to(device)
     losses = [F.ctc_loss(each, targets, frames, lengths, blank=BLANK) for each in log_probs]
+    optimizers, scaler = (parts["muon"], parts["adamw"]), parts["scaler"]
     for optimizer in optimizers:
         optimizer.zero_grad(set_to_none=True)
     scaler.scale(losses[0] + recipe()["shortcut_weight"] * sum(losses[1:])).backward()
     for optimizer in optimizers:
         scaler.unscale_(optimizer)
-    nn.utils.clip_grad_norm_(net.parameters(), 5.0)
+    nn.utils.clip_grad_norm_(net.parameters(), 5.0)  # the first steps can be far larger
     for optimizer in optimizers:
         scaler.step(optimizer)
     scaler.update()
     return losses[0].detach()
 
 
-def train_epoch(net, optimizers, schedules, scaler, buckets, sizes, description):
-    """One pass over all buckets. Returns the mean losses per image of up to 20 parts of it."""
-    batches = shuffled_batches(buckets, sizes, BATCH_SIZE // world_size())
-    part, parts, losses, counts = -(-len(batches) // 20), [], [], []
-    look = dict(unit="img", leave=False, disable=rank() > 0 or None)  # None: not in log files
-    with tqdm(total=sum(sizes.values()), desc=description, **look) as bar:
-        for step, (bucket, indices) in enumerate(batches, start=1):
-            batch = [tensor[indices] for tensor in bucket]
-            losses.append(train_step(net, optimizers, scaler, *batch) * len(indices))
-            counts.append(len(indices))
-            for schedule in schedules:
-                schedule.step()
+def train_epoch(net, parts, buckets, epoch, epochs):
+    """One pass over buckets. Returns the loss of every batch."""
+    # By the epoch's number, so that resuming is exact: one order for all, changes of one's own
+    batches = list(shuffle_batches(buckets, torch.Generator().manual_seed(SEED + epoch)))
+    torch.manual_seed(SEED + 1_000_003 * epoch + rank())
+    net.train()
+    freeze_norms(net, epoch, epochs)
+    losses, count = [], sum(len(indices) for _, indices in batches)
+    with crnn.progress(total=count, desc=f"epoch {epoch}/{epochs}", leave=False) as bar:
+        for bucket, indices in batches:
+            losses.append(train_step(net, parts, *(tensor[indices] for tensor in bucket)))
+            parts["muon schedule"].step()
+            parts["adamw schedule"].step()
             bar.update(len(indices))
-            if step % part == 0 or step == len(batches):
-                parts.append(float(torch.stack(losses).sum()) / sum(counts))
-                losses, counts = [], []
-                bar.set_postfix_str(f"loss {parts[-1]:.4f}", refresh=False)
-                if parts[-1] != parts[-1]:
-                    raise InputError("the loss is NaN: lower the learning rates in the recipes")
-    return parts
+    losses = torch.stack(losses).tolist()
+    if not np.isfinite(losses).all():
+        raise InputError("the loss is NaN: lower the learning rates in the recipes")
+    return losses
 
 
 def read(model, rows):
-    """Read the images of every process's rows. Returns all rows with prediction and confidence."""
-    images = [torch.from_numpy(image) for image in rows.image]
-    readings = crnn.read_images(crnn.folded(model), images, 32)
+    """Read the images of rows. Returns rows with the columns prediction and confidence."""
+    readings = crnn.read_images(crnn.folded(model), list(rows.image), 48)
     predictions, confidences = [r.text for r in readings], [r.confidence for r in readings]
-    rows = rows.drop(columns="image").assign(prediction=predictions, confidence=confidences)
-    return pd.concat(gather(rows))
+    return rows.drop(columns="image").assign(prediction=predictions, confidence=confidences)
 
 
 def calibrate(confidences, correct):
@@ -533,34 +493,27 @@ def resume_path():
     return Path(MODEL_PATH).with_suffix(".resume.pth")
 
 
-def keep_if_best(state, model, name, exact, cer, rows):
-    """Save the network of that name where it reads the val rows no worse than the best before."""
-    if exact >= state["best"] and rank() == 0:
-        if state["best"] < 0 and Path(MODEL_PATH).exists():
-            former = Path(MODEL_PATH).with_suffix(".former.pth")
-            with whole_file(former) as temporary:
-                shutil.copyfile(MODEL_PATH, temporary)
-            print(f"    the model of an earlier training is kept as {former.as_posix()}")
-        data = dict(data=str(DATA_CSV), rows=int((rows.split == "train").sum()), seed=SEED)
-        model.facts = dict(name=name, epoch=state["epoch"], val_exact=exact, val_cer=cer, **data)
-        crnn.save_checkpoint(MODEL_PATH, model)
-    state["best"] = max(state["best"], exact)
+def save_if_best(state, model, exact, cer, rows):
+    """Save an epoch that reads the val rows as well as the best before, or the starting weights."""
+    if exact < state["best"]:
+        return
+    path = Path(MODEL_PATH)
+    if not state["saved"] and path.exists():  # of an earlier training: kept under its date
+        date = time.strftime("%Y-%m-%d_%H.%M.%S", time.localtime(path.stat().st_mtime))
+        former = path.with_name(f"{path.stem}.{date}.pth")
+        os.replace(path, former)
+        print(f"    the model of an earlier training is kept as {former.as_posix()}")
+    data = dict(data=str(DATA_CSV), rows=int((rows.split == "train").sum()), seed=SEED)
+    start = dict(init=INIT_WEIGHTS and str(INIT_WEIGHTS), epoch=state["epoch"])
+    model.facts = dict(val_exact=exact, val_cer=cer, **start, **data)
+    crnn.save_checkpoint(path, model)
+    state["best"], state["saved"] = exact, True
 
 
-def score(state, model, name, val, rows):
-    """Read the val rows with a network that is no epoch's, say how well, and keep it if better."""
-    exact, cer = crnn.score_table(read(model, val)).iloc[-1][["exact", "CER"]].tolist()
-    print(f"{name} — Accuracy: {exact:.2%} — CER: {cer:.2%}", flush=True)
-    if exact > state["best"]:  # of few val rows both may read all, and the epoch has learned more
-        keep_if_best(state, model, name, exact, cer, rows)
-
-
-def fingerprint(rows):
-    """What must be the same for a resumed training to reach the same weights: rows, constants."""
+def fingerprint(rows, steps):
+    """What must be the same for a resumed training to reach the same weights: rows and steps."""
     text = rows[["image_path", "label", "split"]].to_csv(index=False)
-    names = [name for name in globals() if len(name) > 1 and name.isupper() and name not in FREE]
-    constants = {name: globals()[name] for name in names if not callable(globals()[name])}
-    return f"{zlib.crc32(text.encode()):08x} {world_size()} {constants}"
+    return f"{zlib.crc32(text.encode()):08x} {steps} {SEED}"
 
 
 def load_state(expected, parts):
@@ -568,21 +521,23 @@ def load_state(expected, parts):
     path, remedy = resume_path(), "set RESUME = False to train from the start"
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
-        same = saved["fingerprint"] == expected
+        if saved["fingerprint"] != expected:
+            raise InputError(
+                f"RESUME: {path} has other data or constants: restore them, or {remedy}"
+            )
+        for name, part in parts.items():
+            part.load_state_dict(saved.pop(name))
+    except InputError:
+        raise
     except Exception as error:  # torch.load raises pickle, zip, key and runtime errors
-        raise InputError(
-            f"RESUME: {path} is unreadable ({type(error).__name__}): {remedy}"
-        ) from None
-    if not same:
-        raise InputError(f"RESUME: {path} is of other data or constants: restore them, or {remedy}")
-    for name, part in parts.items():
-        part.load_state_dict(saved.pop(name))
+        reason = type(error).__name__
+        raise InputError(f"RESUME: {path} cannot be used ({reason}): {remedy}") from None
     print(f"resuming after epoch {saved['epoch']}")
     return saved
 
 
 def write_history(history, curves):
-    """history.csv, a row per epoch, and training_curves.png. history: dicts as main makes them."""
+    """history.csv, a row per epoch, and training_curves.png. history: dicts, see end_epoch."""
     folder, table = Path(MODEL_PATH).parent, pd.DataFrame(history).set_index("epoch")
     with whole_file(folder / "history.csv") as temporary:
         table.drop(columns="losses").to_csv(temporary, float_format="%.5g", lineterminator="\n")
@@ -594,18 +549,50 @@ def write_history(history, curves):
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(1, 3, figsize=(15, 4), layout="constrained")
-    losses = {e - 1 + (i + 1) / len(x): y for e, x in table.losses.items() for i, y in enumerate(x)}
-    pd.Series(losses).plot(ax=axes[0], logy=True, title="training: CTC loss per character")
+    losses = pd.Series(sum(table.losses, []))
+    losses.index = (losses.index + 1) / len(losses) * len(table)  # in epochs
+    smooth = losses.rolling(max(1, len(losses) // len(table) // 20)).mean()
+    smooth.plot(ax=axes[0], logy=True, title="training: CTC loss per character")
     for ax, measure in zip(axes[1:], ("exact", "CER")):
         columns = 100 * table.filter(regex=f"^{measure} ")
         columns.columns = [name.removeprefix(measure) for name in columns]
         columns.plot(ax=ax, marker="o", title=f"validation: {measure}, %")
     for ax in axes:
+        ax.set_xlabel("epoch")
         ax.grid(alpha=0.3)
-        ax.xaxis.get_major_locator().set_params(integer=True)
     with whole_file(folder / "training_curves.png") as temporary:
         figure.savefig(temporary, format="png", dpi=80)
     pyplot.close(figure)
+
+
+def end_epoch(state, net, parts, losses, started, val, rows, epochs):
+    """Read the val rows, print how the epoch went, and save what is worth keeping."""
+    epoch, count = state["epoch"] + 1, int((rows.split == "train").sum())
+    speed = count / (time.perf_counter() - started)
+    seen = read(net.crnn, val)
+    table = crnn.score_table(seen)
+    exact, cer = table.iloc[-1][["exact", "CER"]].tolist()
+    state["epoch"], state["seconds"] = epoch, state["seconds"] + time.perf_counter() - started
+    scores = f"Loss: {np.mean(losses):.4f} — Accuracy: {exact:.2%} — CER: {cer:.2%}"
+    pace = f"{speed:.0f} img/s — {state['seconds']:.0f} s"
+    print(f"Epoch {epoch}/{epochs} — {scores} — {pace}", flush=True)
+    shown = epoch % math.ceil(epochs / 10) == 0 or epoch == epochs
+    if shown:
+        for row in seen[epoch % 7 :: max(1, len(seen) // SHOWN)][
+            :SHOWN
+        ].itertuples():  # others each
+            print(f"    {row.label} | {row.prediction}")
+    if (seen.prediction == "").mean() > 0.9:
+        print("    nearly all predictions are still empty: normal in the first epochs of CTC")
+    facts = dict(epoch=epoch, seconds=round(state["seconds"], 1), losses=losses)
+    facts |= dict(images_per_second=round(speed, 1), loss=float(np.mean(losses)))
+    for measure in ("exact", "CER"):
+        facts |= {f"{measure} {source}": float(v) for source, v in table[measure].items()}
+    state["history"].append(facts)
+    save_if_best(state, net.crnn, exact, cer, rows)
+    saved = {name: part.state_dict() for name, part in parts.items()}
+    crnn.save_tensors(resume_path(), dict(state, net=net.state_dict(), **saved))
+    write_history(state["history"], curves=shown)
 
 
 def start_processes():
@@ -622,116 +609,67 @@ def start_processes():
     return device
 
 
-def load_data():
-    """All rows of DATA_CSV, its Charset, and this process's buckets, val rows and test rows."""
-    known = crnn.load_checkpoint(INIT_WEIGHTS).charset.characters if INIT_WEIGHTS else ""
-    rows, charset = read_rows(known)
-    # Deal rows out by label length, so that every rank gets the same mix of widths.
-    order = np.argsort(rows.label.str.len(), kind="stable")[rank() :: world_size()]
-    share = rows.iloc[order] if world_size() > 1 else rows
-    buckets, scored = load_rows(share, charset)
-    val, test = (scored[scored.split == split] for split in ("val", "test"))
-    if not sum(gather(len(val))):
-        val = some_training_rows(buckets, charset)
-    return rows, charset, buckets, val, test
-
-
 def finish(state, device, val, test):
-    """Calibrate the best weights on the val rows, save them, and score them on the test rows."""
-    crnn.wait_for_all()  # the first process has written it before it comes here
+    """Calibrate the saved epoch on the val rows, save it, and score it on the test rows."""
+    if not state["saved"]:
+        print("no epoch beat the starting weights, so nothing was saved: more labels may help")
+        return
     best = crnn.load_checkpoint(MODEL_PATH, device, learn=True)
     best.calibration = crnn.UNCALIBRATED  # also where an earlier run has come as far as this
     seen = read(best, val)
     best.calibration = calibrate(list(seen.confidence), list(seen.label == seen.prediction))
-    if rank() == 0:
-        crnn.save_checkpoint(MODEL_PATH, best)
+    crnn.save_checkpoint(MODEL_PATH, best)
     print(f"✅ Model saved to {MODEL_PATH}")
-    if best.facts["epoch"] == 0:
-        print("no epoch read better, so these are the starting weights: more labels may help")
-    if not sum(gather(len(test))):
+    if test.empty:
         return
-    print(f"\nTest rows, never trained on, read by {best.facts['name']} (folded: O = 0)")
+    print(f"\nTest rows, never trained on, read by epoch {best.facts['epoch']} (folded: O = 0)")
     seen = read(best, test)
     for column in seen.columns.intersection(["source", "style"]):
         print(f"{crnn.format_score_table(crnn.score_table(seen, column))}\n")
     error = crnn.calibration_error(seen.confidence, seen.label == seen.prediction)
-    print(f"confidence and the share of right readings lie {error:.1%} apart (calibration error)")
+    print(f"calibration error: {error:.1%} (average gap between confidence and accuracy)")
 
 
 def main():
-    """Train, save the best weights, and score them on the test rows."""
+    """Train, save the best epoch, and score it on the test rows."""
     device = start_processes()
     Path(MODEL_PATH).parent.mkdir(parents=True, exist_ok=True)
     tempfile.TemporaryFile(dir=Path(MODEL_PATH).parent).close()  # fails now, not after an epoch
-    rows, charset, buckets, val, test = load_data()
-    sizes = common_sizes(buckets)
-    batches = sum(-(-size // (BATCH_SIZE // world_size())) for size in sizes.values())
-    if not batches:
-        raise InputError(f"{len(rows)} rows are too few for {world_size()} processes: start fewer")
-    epochs = max(EPOCHS, -(-MIN_STEPS // batches))
+    known = crnn.load_checkpoint(INIT_WEIGHTS).charset.characters if INIT_WEIGHTS else ""
+    rows, charset = read_rows(known)
+    buckets, val, test = load_rows(rows, charset)
+    number = sum(math.ceil(len(bucket.images) / BATCH_SIZE) for bucket in buckets)
+    epochs = max(EPOCHS, math.ceil(MIN_STEPS / number))
 
-    net = WithShortcut(starting_model(charset)).to(device)
-    model, mean = net.crnn, AveragedModel(net.crnn)
-    mean.update_parameters(model)  # the first it is of; the last epoch's weights are the second
-    optimizers, schedules = make_optimizers(net, epochs * batches)
+    net = WithShortcut(make_model(charset)).to(device)
+    parts = make_optimizers(net, epochs * number)
+    weights = f"{sum(p.numel() for p in net.crnn.parameters()):,} weights"
     dtype = crnn.compute_dtype(device.type, PRECISION)
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    parts = dict(net=net, scaler=scaler, muon=optimizers[0], adamw=optimizers[1])
-    parts |= {f"schedule {i}": schedule for i, schedule in enumerate(schedules)}
-    weights = f"{sum(p.numel() for p in model.parameters()):,} weights"
-    print(f"{weights}, {epochs} epochs of {batches:,} batches on {device} in {dtype}")
+    print(f"{weights}, {epochs} epochs of {number:,} batches on {device} in {dtype}")
 
-    state = dict(epoch=0, best=-1.0, seconds=0.0, history=[], fingerprint=fingerprint(rows))
+    state = dict(epoch=0, best=-1.0, saved=False, seconds=0.0, history=[])
+    state["fingerprint"] = fingerprint(rows, epochs * number)
     if RESUME:
-        state = load_state(state["fingerprint"], parts)
+        state = load_state(state["fingerprint"], dict(net=net, **parts))
+    elif INIT_WEIGHTS:
+        state["best"] = float(crnn.score_table(read(net.crnn, val)).exact.iloc[-1])
+        print(f"the starting weights — Accuracy: {state['best']:.2%}", flush=True)
     trained = net if world_size() == 1 else nn.parallel.DistributedDataParallel(net)
     try:
-        if INIT_WEIGHTS and not RESUME:  # they are kept where no epoch reads as well as they do
-            score(state, model, "the starting weights", val, rows)
         for epoch in range(state["epoch"] + 1, epochs + 1):
             started = time.perf_counter()
-            torch.manual_seed(SEED + 1_000_003 * epoch)  # by its number, so that resuming is exact
-            net.train()
-            frozen = recipe()["frozen_norms"]
-            if epoch > max(frozen < 1, epochs * (1 - frozen)):  # the first has no averages to use
-                model.norms.eval()
-            name = f"epoch {epoch}/{epochs}"
-            losses = train_epoch(trained, optimizers, schedules, scaler, buckets, sizes, name)
-            speed = world_size() * sum(sizes.values()) / (time.perf_counter() - started)
-            seen = read(model, val)
-            table = crnn.score_table(seen)
-            exact, cer = table.iloc[-1][["exact", "CER"]].tolist()
-            state["seconds"] += time.perf_counter() - started
-            said = f"Loss: {np.mean(losses):.4f} — Accuracy: {exact:.2%} — CER: {cer:.2%}"
-            said = f"Epoch {epoch}/{epochs} — {said} — {speed:.0f} img/s — {state['seconds']:.0f} s"
-            print(said, flush=True)
-            shown = epoch % -(-epochs // 10) == 0 or epoch == epochs
-            if shown:
-                for row in seen[epoch % 7 :: max(1, len(seen) // SHOWN)][:SHOWN].itertuples():
-                    print(f"    {row.label} | {row.prediction}")
-            if (seen.prediction == "").mean() > 0.9:
-                print("    nearly all is still blank: this is normal in the first epochs of CTC")
-            state["epoch"] = epoch
-            facts = dict(epoch=epoch, seconds=round(state["seconds"], 1), losses=losses)
-            facts |= dict(images_per_second=round(speed, 1), loss=float(np.mean(losses)))
-            for measure in ("exact", "CER"):
-                facts |= {f"{measure} {source}": float(v) for source, v in table[measure].items()}
-            state["history"].append(facts)
-            keep_if_best(state, model, f"epoch {epoch}", exact, cer, rows)
-            if rank() == 0:
-                saved = {name: part.state_dict() for name, part in parts.items()}
-                crnn.save_tensors(resume_path(), dict(state, **saved))
-                write_history(state["history"], curves=shown)
-        if INIT_WEIGHTS:
-            # Halfway back, less is unlearned that the new images lack (Wortsman et al. 2022)
-            mean.update_parameters(model)
-            score(state, mean.module, "the mean of the first and last weights", val, rows)
+            losses = train_epoch(trained, parts, buckets, epoch, epochs)
+            if rank() == 0:  # the others wait in their next step
+                end_epoch(state, net, parts, losses, started, val, rows, epochs)
     except KeyboardInterrupt:
-        print(f"\nstopped after epoch {state['epoch']}; with RESUME = True it goes on from there")
-        if state["best"] < 0 or world_size() > 1:
+        done = f"after epoch {state['epoch']}: RESUME = True continues"
+        print(f"\nstopped {done if state['epoch'] else 'in epoch 1: nothing was saved'}")
+        if not state["saved"] or world_size() > 1:
             return 130
     del trained  # it holds the process group
-    finish(state, device, val, test)
+    if rank() == 0:
+        finish(state, device, val, test)
+    crnn.wait_for_all()
     crnn.leave_processes()
 
 

@@ -1,6 +1,7 @@
 """Shared by the tests: the scripts with tiny constants, a runner for them, and small data."""
 
 import os
+import re
 import struct
 import subprocess
 import sys
@@ -104,14 +105,79 @@ class Script:
         return run.stdout
 
 
+# What a test finds in each script, whatever the user has edited there
+SHIPPED = dict(
+    prepare_ocr_dataset=dict(
+        CHARSET="".join(map(chr, range(32, 127))) + "×÷±√π≤≥≠",
+        MAX_LENGTH=28,
+        STYLED=0.6,
+        WARPED=0.75,
+        HELD_OUT_FONTS=0.1,
+        FONTS_DIR=str(ROOT / "myFonts"),
+        SEED=0,
+        NUM_WORKERS=1,
+        DOWNLOAD_TIMEOUT=20,
+    ),
+    train_crnn=dict(
+        INIT_WEIGHTS=None,
+        RESUME=False,
+        MIN_CHARACTER_ROWS=1,
+        FROM_NOTHING=dict(
+            channels=(8, 16, 24, 32),
+            hidden=32,
+            blocks=0,
+            matrix_learning_rate=1e-2,
+            learning_rate=3e-3,
+            shortcut_weight=0.1,
+            frozen_norms=0.25,
+        ),
+        FINE_TUNE=dict(
+            matrix_learning_rate=1e-3, learning_rate=3e-4, shortcut_weight=0, frozen_norms=1
+        ),
+        EPOCHS=1,
+        MIN_STEPS=0,
+        BATCH_SIZE=32,
+        WARM_UP=0.1,
+        WEIGHT_DECAY=1e-2,
+        DROPOUT=0.0,
+        AUGMENT=1.0,
+        BLANKS=0.01,
+        SEED=0,
+        NUM_THREADS=1,
+        DEVICE="cpu",
+        PRECISION=None,
+    ),
+    inference_crnn=dict(
+        NUM_SAMPLES=20,
+        BATCH_SIZE=48,
+        MIN_CONFIDENCE=0.5,
+        PREDICTIONS_JSONL=None,
+        ONNX_PATH=None,
+        REPORT_DIR=None,
+        NUM_THREADS=1,
+        DEVICE="cpu",
+    ),
+)
+
+
+def make_script(module, monkeypatch, **constants):
+    """A Script with all of its constants set, so that what a user edited does not count."""
+    script = Script(module, monkeypatch)
+    script.set(**SHIPPED[module.__name__] | constants)
+    code = Path(module.__file__).read_text(encoding="utf-8").split("# ---")[1]  # the constants
+    missing = set(re.findall("^([A-Z_]+) = ", code, re.M)) - set(script.constants)
+    assert not missing, f"conftest.py sets no {missing}: their edited values would reach the tests"
+    return script
+
+
 @pytest.fixture
 def prepare(tmp_path, monkeypatch):
     """The preparation script with 24 images a source, one process and its own datasets folder."""
     import prepare_ocr_dataset as module
 
-    script = Script(module, monkeypatch)
-    script.set(NUM_IMAGES=dict.fromkeys(module.SOURCES, 24), NUM_WORKERS=1)
-    script.set(DATASETS_DIR=str(tmp_path / "datasets"), FONTS_DIR=str(ROOT / "myFonts"))
+    number = dict.fromkeys(module.SOURCES, 24)
+    folder = str(tmp_path / "datasets")
+    script = make_script(module, monkeypatch, NUM_IMAGES=number, DATASETS_DIR=folder)
     for cached in (module.emnist, module.emnist_class, module.emnist_is_there):
         cached.cache_clear()
     return script
@@ -122,12 +188,9 @@ def train(tmp_path, monkeypatch):
     """The training script from nothing with a small network and its own model folder."""
     import train_crnn as module
 
-    script = Script(module, monkeypatch)
-    small = dict(module.FROM_NOTHING, channels=(8, 16, 24, 32), hidden=32)
-    script.set(FROM_NOTHING=small, INIT_WEIGHTS=None, EPOCHS=1, MIN_STEPS=0, DEVICE="cpu")
-    script.set(MODEL_PATH=str(tmp_path / "model" / "crnn.pth"), NUM_WORKERS=1)
-    script.set(DATA_CSV=str(tmp_path / "datasets" / "data.csv"), MIN_CHARACTER_ROWS=1)
-    return script
+    paths = dict(DATA_CSV=tmp_path / "datasets" / "data.csv")
+    paths["MODEL_PATH"] = tmp_path / "model" / "crnn.pth"
+    return make_script(module, monkeypatch, **{name: str(path) for name, path in paths.items()})
 
 
 @pytest.fixture
@@ -135,9 +198,7 @@ def infer(tmp_path, monkeypatch):
     """The inference script on the files of the fixtures above."""
     import inference_crnn as module
 
-    script = Script(module, monkeypatch)
-    script.set(MODEL_PATH=str(tmp_path / "model" / "crnn.pth"), DEVICE="cpu", REPORT_DIR=None)
-    script.set(DATA_CSV=str(tmp_path / "datasets" / "data.csv"))
-    script.set(PRETRAINED=str(tmp_path / "no pretrained.pth"))
-    script.set(PREDICTIONS_CSV=str(tmp_path / "predictions.csv"))
-    return script
+    paths = dict(DATA_CSV=tmp_path / "datasets" / "data.csv")
+    paths |= dict(MODEL_PATH=tmp_path / "model" / "crnn.pth", PRETRAINED=tmp_path / "no.pth")
+    paths["PREDICTIONS_CSV"] = tmp_path / "predictions.csv"
+    return make_script(module, monkeypatch, **{name: str(path) for name, path in paths.items()})
