@@ -43,17 +43,18 @@ from crnn import InputError, rank, split_of, whole_file, workers_per_process
 
 # --------------------------------------------------------------------------------------------------
 # How many images of each source; 0 skips it. One in 20 is for validation, one for the test. These
-# numbers are for a first run of minutes; the bundled weights learned from far more.
+# numbers suit a first training of ten minutes: mostly what is soon learned. The bundled weights
+# learned from far more, and far more handwriting.
 NUM_IMAGES = {
-    "trdg_custom": 8_600,  # printed text, set by TRDG
-    "synthetic_math": 1_800,  # printed expressions
-    "emnist_images": 3_600,  # single handwritten characters as EMNIST has them, none twice
-    "emnist_words": 2_400,  # strings put together from EMNIST characters
-    "emnist_math": 800,  # expressions of EMNIST characters and signs by UNIPEN's writers
-    "handwriting": 4_200,  # text in handwriting fonts
-    "unipen_words": 4_200,  # words and short texts as people wrote them
-    "unipen_text": 2_000,  # other text, put together from one person's characters
-    "unipen_math": 2_400,  # expressions, put together from one person's characters
+    "trdg_custom": 8_400,  # printed text, set by TRDG
+    "synthetic_math": 2_000,  # printed expressions
+    "emnist_images": 3_400,  # single handwritten characters as EMNIST has them, none twice
+    "emnist_words": 1_600,  # strings put together from EMNIST characters
+    "emnist_math": 400,  # expressions of EMNIST characters and signs by UNIPEN's writers
+    "handwriting": 2_000,  # text in handwriting fonts
+    "unipen_words": 600,  # words and short texts as people wrote them
+    "unipen_text": 600,  # other text, put together from one person's characters
+    "unipen_math": 1_000,  # expressions, put together from one person's characters
 }
 
 # What may be drawn
@@ -216,7 +217,6 @@ MIXES = {  # of the kinds of text, with their weights
     "receipt": dict(amount=7, bill=7, firm=6, number=4, item=2, words=1),
     "sign": dict(sign=16, made_up=2, words=2, name=1, code=1),
     "label": dict(code=6, number=3, words=5, punctuated=1, single=1),
-    "stamp": dict(code=6, number=3, words=1, one_word=1),
 }
 STANDING_ALONE = {"code", "string", "mixed", "single", "look_alikes"}  # no word tells O from 0
 # Nobody can count joined underscores, or tell two apostrophes from a quotation mark.
@@ -571,7 +571,7 @@ MISCOUNTED = {"lou"}  # contributors who count components otherwise: their words
 PER_CHARACTER, PER_TEXT = 8, 2  # samples kept of one character, one word or text, of one writer
 LONGEST = 40  # characters in a text; longer ones run over several lines
 HEIGHT = 128  # a writer's median character becomes so high, and so does the median word
-IN_PIECES = set('+=:;"#!?')  # a single stroke is a fragment of these: 95 of 100 labels are wrong
+IN_PIECES = set('+=:;"#!?')  # a single stroke with such a label is only a piece of the sign
 TOLERANCE = 1.3  # how far a simplified line may lie from the written one, in the same unit
 
 # All steps between points (points, 2), and of each sample where its points begin, how many each of
@@ -1190,26 +1190,20 @@ def crop(ink, keep_height):
     return stretched(-0.6, 0.4, share=0.3)(ink)
 
 
-def in_cells(glyphs, boxes):
-    """Characters (h, w) at one pitch, as machines set them, or in boxes of a form: ink (H, W)."""
+def in_cells(glyphs):
+    """Characters (h, w) one by one in boxes of a form, or above a comb: ink (H, W)."""
     sides = [ink_box(glyph)[2:] for glyph in glyphs]
     glyphs = [glyph[:, left : right + 1] for glyph, (left, right) in zip(glyphs, sides)]
     height, width = (max(glyph.shape[axis] for glyph in glyphs) for axis in (0, 1))
     pitch = round(max(width * uniform(1.05, 1.4), height * uniform(0.4, 0.9))) + 2
-    ink = np.zeros((round(height * uniform(1.05, 1.4)), pitch * len(glyphs) + 1), np.float32)
-    y = randint(0, len(ink) - height)
+    h, w = round(height * uniform(1.05, 1.4)), pitch * len(glyphs) + 1
+    ink, y = np.zeros((h, w), np.float32), randint(0, h - height)
     for i, glyph in enumerate(glyphs):
         x = pitch * i + round((pitch - glyph.shape[1]) * uniform(0.35, 0.65))
-        up = max(0, min(len(ink) - len(glyph), y + randint(-height // 20, height // 20)))
+        up = max(0, min(h - len(glyph), y + randint(-height // 20, height // 20)))
         ink[up : up + len(glyph), x : x + glyph.shape[1]] = glyph
-    return box_cells(ink, pitch) if boxes else ink
-
-
-def box_cells(ink, pitch):
-    """Boxes around cells, or a comb below them."""
-    h, w = ink.shape
     top, bottom = uniform(0, 0.08) * h, h - 1 - uniform(0, 0.08) * h
-    start = choice([top, top, bottom - uniform(0.1, 0.35) * h])
+    start = choice([top, top, bottom - uniform(0.1, 0.35) * h])  # a comb has no top
     lines = [((x, start), (x, bottom)) for x in range(0, w, pitch)]
     lines += [((0, y), (w - 1, y)) for y in {bottom, top if start == top else bottom}]
     rim = randint(0, 3)  # pixels, how the fields are cut out of the form
@@ -1279,38 +1273,6 @@ def snapped(ink):
     return cv2.filter2D(ink, -1, choice(ways) / length)
 
 
-@effect
-def curved(ink, bend=2.0):
-    """On an arc of up to so many radians, no taller than it can be read; up or down, and tilted."""
-    (h, w), up = ink.shape, choice([1, -1])
-    lean = min(max(np.radians(gauss(0, 6 * bend)), -2 * h / w), 2 * h / w)
-    bend = bend * uniform(0.2, 1)
-    bend = min(bend, 0.8 * w / h, 4 * h / w) + 0.01  # of a straight line the radius is infinite
-    radius, angles = w / bend, lean + bend * np.linspace(-0.5, 0.5, 25)
-    # The rims of the arc as complex numbers, whose angle and length are its polar coordinates
-    rim = -1j * np.outer([radius - h / 2, radius + h / 2], np.exp(1j * angles))  # (2, 25)
-    x, y = (np.arange(part.min(), part.max()) for part in (rim.real, rim.imag))
-    place = 1j * x - y[:, None]  # of each pixel (H, W), from the centre of the arc
-    along, out = (np.angle(place) - lean) * radius + w / 2, radius + h / 2 - np.abs(place)
-    return cv2.remap(ink[::up, ::up], *np.float32([along, out]), cv2.INTER_LINEAR)[::up, ::up]
-
-
-@effect
-def jittered(ink, turn=0, shift=0.02, smallest=1):
-    """Letter by letter, as typewriters and stamps do: each turned, moved and inked in its way."""
-    (h, w), inked = ink.shape, ink.max(0) > 0.2
-    starts = np.flatnonzero(np.diff(inked, prepend=False) & inked)
-    page = np.zeros_like(ink)
-    for left, right in zip(starts, [*starts[1:], w]):
-        letter = np.zeros_like(ink)
-        letter[:, left:right] = ink[:, left:right]
-        middle = (left + right) / 2, h / 2
-        move = cv2.getRotationMatrix2D(middle, gauss(0, turn), uniform(smallest, 1))
-        move[:, 2] += uniform(-shift, shift) * h, uniform(-shift, shift) * h
-        page = np.maximum(page, cv2.warpAffine(letter, move, (w, h)) * uniform(0.55, 1))
-    return page
-
-
 # ---- other ink
 
 
@@ -1354,18 +1316,6 @@ def neighbours(ink, most=0.14, each=0.4, aside=False):
             other = np.roll(ink[bottom + 1 - part : bottom + 1], randint(0, ink.shape[1]), 1)
             ink = np.concatenate([np.maximum(ink[:part], other), ink[part:]])
     return np.ascontiguousarray(ink.T) if aside else ink
-
-
-@effect
-def scratched(ink):
-    """Scratches and folds from side to side, of ink or of paper, and specks."""
-    h, w = ink.shape
-    # Only in wide images: in narrow ones a scratch could be taken for a slash.
-    number = choice([0, 1, 2, 4]) if w > 1.5 * h else 0
-    ends = [((0, uniform(-0.5, 1.5) * h), (w, uniform(-0.5, 1.5) * h)) for _ in range(number)]
-    lines = add_lines(np.zeros_like(ink), ends, (0.2, 0.7), (1, 1, 1, 2))
-    specks = generator().random(ink.shape, dtype=np.float32) < choice([0, 0, 0.004, 0.012])
-    return ink * (1 - lines) if chance(0.25) else np.maximum(np.maximum(ink, lines), specks)
 
 
 @effect
@@ -1437,17 +1387,6 @@ def coarse(ink, least=11, most=18, black_and_white=0.0):
 
 
 @effect
-def dotted(ink):
-    """Of needles or lamps: one dot per cell of a coarse grid."""
-    rows, pitch = randint(17, 23), choice([3, 4])
-    columns = max(4, round(ink.shape[1] * rows / len(ink)))
-    cells = cv2.resize(ink, (columns, rows), interpolation=cv2.INTER_AREA) > 0.33
-    place = np.linspace(-1, 1, pitch + 1)[:-1] + 1 / pitch
-    dot = (uniform(1.15, 1.6) - np.hypot(*np.meshgrid(place, place))).clip(0, 1)
-    return np.kron(cells, dot).astype(np.float32)  # (rows, columns) -> times pitch each
-
-
-@effect
 def lettered(ink):
     """Shaded, with an outline or a shadow, or in relief; what is below 0 is lighter than paper."""
     wide, move = bold(0.04, 0.09)(ink), max(1, round(uniform(0.03, 0.06) * len(ink)))
@@ -1489,22 +1428,18 @@ class Style(NamedTuple):
     tones: dict = {}  # see give_tones()
     texts: str = ""  # a mix of MIXES, else that of the source
     fonts: str = ""  # a pattern for the names of font files
-    cells: str = ""  # characters are set one by one: in "boxes", or at one "pitch"
+    cells: bool = False  # characters are set one by one, in the boxes of a form
 
 
-MONO = "mono|coding|cousine|special|inconsolata|cascadia|code"
 NARROW = "condensed|narrow|mono|oswald|teko|league|abel|dosis"
-NEEDLES = f"{MONO}|vt323|dot|pixel|press|silk|tiny"
 
 # Tones
 LIGHT = dict(light=(205, 255))
 CLEAN = dict(dark=(0, 90), light=(205, 255))
-NEEDLE = CLEAN | dict(light_on_dark=0.2, grain=(0, 6, 14))
 FAINT = dict(dark=(40, 150), light=(215, 250))
 SNAPSHOT = dict(
     dark=(13, 128), light=(140, 250), grain=(2, 5, 9), jpeg=(20, 75), paper=(0.5, 0.3, 1.2)
 )
-USED = dict(dark=(13, 102), light=(160, 250), grain=(2, 5, 10, 18), paper=(0.25, 2, 10))
 PLATE = dict(dark=(0, 130), light=(130, 255), grain=(0, 2, 5), light_on_dark=0.5)
 SLIP = dict(dark=(0, 150), light=(195, 255), grain=(0, 2, 6, 14), jpeg=(30, 95))
 SIGN = dict(dark=(0, 120), light=(150, 255), grain=(0, 0, 3), light_on_dark=0.6, jpeg=(25, 90))
@@ -1515,31 +1450,22 @@ HEATED = [starved(share=0.3), pressed(share=0.4), faded(2, 0.4, dead=0.15), coar
 COPY = [neighbours(), form_lines([1, 2], share=0.1), coarse(20, 48, black_and_white=0.6)]
 COPY += [blur(share=0.5), framed()]
 SCAN = [PRESS, pressed(share=0.3), starved(share=0.2), faded(2, 0.4), room(0, 0.15), *COPY]
-GROUND = [room(0.12), neighbours(0.06, 0.15, aside=True), lettered()]
-CUT = [framed(), busy()]
+BOARD = [PRESS, room(0.12), neighbours(0.06, 0.15, aside=True), lettered(), snapped()]
+BOARD += [framed(), busy()]
 
 EVERYWHERE = {
     "form": Style(2.5, [room(), neighbours(), form_lines()], CLEAN),
-    "fields": Style(1.5, [room(0, 0.12)], CLEAN, "fields", cells="boxes"),
+    "fields": Style(1.5, [room(0, 0.12)], CLEAN, "fields", cells=True),
     "photograph": Style(2.5, [room(0.08, 0.33), snapped()], SNAPSHOT),
     "margins": Style(1.5, [room(0, 0.5), framed(0, share=0.4)]),
-    "worn": Style(1.2, [room(), scratched()], USED),
 }
 STYLES = {
     PRINTED: {
         "plain": Style(0, [blur(share=0.4)], LIGHT),
-        "typewriter": Style(1, [jittered(), blur(), faded(14, 0.2)], CLEAN, fonts=MONO),
-        "dot matrix": Style(1, [stretched(most=1), dotted(), faded()], NEEDLE, "receipt", NEEDLES),
         "receipt": Style(4, [*HEATED, framed(), clipped(share=0.2)], SLIP, "receipt", NARROW),
         "scanned": Style(4, [stretched(), *SCAN, clipped(share=0.2)], SLIP, "receipt"),
-        "one pitch": Style(1, [stretched(-1, 0), *SCAN], SLIP, "receipt", MONO, cells="pitch"),
         "label": Style(2, [PRESS, room(), form_lines([4], share=0.35)], PLATE, "label"),
-        "sign": Style(3, [stretched(), PRESS, *GROUND, snapped(), curved(0.1), *CUT], SIGN, "sign"),
-        "curved": Style(2, [PRESS, *GROUND, blur(share=0.5), curved(), *CUT], SIGN, "sign"),
-        "spaced": Style(1, [stretched(-1, 0), *GROUND, *CUT], SIGN, "sign", cells="pitch"),
-        "screen": Style(2, [stretched(), PRESS, coarse(14, 24), *CUT], SIGN, "sign"),
-        "low resolution": Style(2, [coarse()], dict(jpeg=(30, 95))),
-        "stamped": Style(1, [jittered(8, 0.07, 0.8), blur(share=0.3)], {}, "stamp", cells="pitch"),
+        "sign": Style(5, [stretched(), *BOARD], SIGN, "sign"),
     }
     | EVERYWHERE,
     HANDWRITTEN: {
@@ -1645,11 +1571,8 @@ def draw(line, tool):
     if source.kind != PRINTED and line.split == "train" and chance(WARPED):
         inks = [warp(ink) for ink in inks]
     inks = [harden(tilt(ink)) for ink in inks]
-    if style.cells:
-        ink = in_cells(inks, boxes=style.cells == "boxes")
-    else:
-        ink = crop(inks[0], keep_height=line.alone or len(label) < 3 or chance(0.5))
-    return finish(ink, style)
+    keep_height = line.alone or len(label) < 3 or chance(0.5)
+    return finish(in_cells(inks) if style.cells else crop(inks[0], keep_height), style)
 
 
 def finish(ink, style):
