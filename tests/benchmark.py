@@ -42,7 +42,7 @@ FOREIGN = ROOT / "tests" / "foreign"  # images by other programs
 WEIGHTS = ROOT / "ocr_crnn_model" / "pretrained.pth"  # that read, and that the part own starts from
 REPEATS = 5  # of each timing of the parts speed and reading
 DRAWING_NUMBER = 40_000  # images of the part drawing
-KILLS = 7  # in drawing, and as many in training and in reading
+KILLS = 5  # in drawing, and as many in training
 READING_WORDS = 480  # printed words of about 100 pixels, of the part reading
 PEERS_ROWS = 2_000  # test rows of each source, of the part peers: by default all
 DAMAGED_FILES = 2_000  # of the part damaged
@@ -100,8 +100,7 @@ def drawing():
     rows = crnn.read_labels(folder / "ours" / "data.csv")
     (folder / "texts.txt").write_text("\n".join(rows.label), encoding="utf-8")
     (folder / "fonts").mkdir()
-    shape = ("", prepare_ocr_dataset.CHARSET, 0, 0, 0, 0.1, str(ROOT / "myFonts"), "")
-    for font in prepare_ocr_dataset.find_fonts(prepare_ocr_dataset.Settings(*shape))[0]:
+    for font in prepare_ocr_dataset.find_fonts()[0]:
         if font.kind == prepare_ocr_dataset.PRINTED and not font.held_out:
             # The only suffix that it looks for
             shutil.copy(font.path, folder / "fonts" / f"{Path(font.path).stem}.ttf")
@@ -124,14 +123,13 @@ def speed():
     charset = crnn.Charset(prepare_ocr_dataset.CHARSET)
     images = torch.randint(0, 256, (64, 1, 32, 128), dtype=torch.uint8)
     targets, lengths = torch.randint(1, 100, (64, 10)), torch.full((64,), 10)
-    train_crnn.INIT_WEIGHTS, scaler = None, torch.amp.GradScaler("cpu", enabled=False)
+    train_crnn.INIT_WEIGHTS = None
     for train_crnn.PRECISION in ("float32", "bfloat16"):
-        net = train_crnn.WithShortcut(train_crnn.starting_model(charset))
-        optimizers, _ = train_crnn.make_optimizers(net, 10)
-        seconds = []
+        net = train_crnn.WithShortcut(train_crnn.make_model(charset))
+        parts, seconds = train_crnn.make_optimizers(net, 10), []
         for _ in range(REPEATS + 1):
             start = time.perf_counter()
-            train_crnn.train_step(net, optimizers, scaler, images, targets, lengths)
+            train_crnn.train_step(net, parts, images, targets, lengths)
             seconds.append(time.perf_counter() - start)
         rate = 64 / statistics.median(seconds[1:])
         record("speed", f"training in {train_crnn.PRECISION}, lines a second", rate, REPEATS)
@@ -151,7 +149,7 @@ def killed(command, seconds):
 
 
 def kills():
-    """kill -9 at random moments of each script: files and weights as of a whole run."""
+    """kill -9 at random moments of drawing and training: files and weights as of a whole run."""
     random.seed(0)
     folder = fresh("kills")
     whole = drawing_in(folder / "whole", 3_000)
@@ -181,22 +179,6 @@ def kills():
         weights = torch.load(state, weights_only=True)["net"]
         same += all(torch.equal(weights[name], expected[name]) for name in expected)
     record("kills", "trainings that end as uninterrupted", same, KILLS)
-
-    rows = crnn.read_labels(FOREIGN / "labels.csv").assign(split="test")
-    rows["image_path"] = [str(FOREIGN / path) for path in rows.image_path]
-    prepare_ocr_dataset.write_labels(pd.concat([rows] * 40), folder / "read.csv")
-    places = dict(DATA_CSV=str(folder / "read.csv"), MODEL_PATH=str(WEIGHTS), REPORT_DIR=None)
-    reader = script(inference_crnn, NUM_SAMPLES=len(rows) * 40, **places)
-    start = time.perf_counter()
-    reader.run(folder, PREDICTIONS_CSV=str(folder / "whole.csv"))
-    seconds, same = time.perf_counter() - start, 0
-    for i in range(KILLS):
-        again = script(inference_crnn, **reader.constants)
-        again.constants["PREDICTIONS_CSV"] = str(folder / f"killed{i}.csv")
-        killed(again.command(folder), random.uniform(0, seconds))
-        again.run(folder)
-        same += (folder / f"killed{i}.csv").read_bytes() == (folder / "whole.csv").read_bytes()
-    record("kills", "readings that end as uninterrupted", same, KILLS)
 
 
 def draw_code(index, fonts):
@@ -236,7 +218,7 @@ def own():
         split = "test" if i < 800 else "val" if i % 10 == 0 else "train"
         rows.append((f"{i:04}.png", code, split))
     rows = pd.DataFrame(rows, columns=["image_path", "label", "split"])
-    prepare_ocr_dataset.write_labels(rows, folder / "own.csv")
+    crnn.write_labels(rows, folder / "own.csv")
     for name, weights in (("as shipped", WEIGHTS), ("fine-tuned on 200", folder / "own.pth")):
         if name != "as shipped":
             places = dict(DATA_CSV=str(folder / "own.csv"), MODEL_PATH=str(weights))
@@ -273,13 +255,13 @@ def reading():
     plain = (rows.source == "trdg_custom") & (rows["style"] == "plain")
     for row in rows[(rows.split != "train") & plain & ~rows.label.str.contains(" ")].itertuples():
         with Image.open(DEFAULT_CSV.parent / row.image_path) as image:
-            grey = crnn.at_height(image.convert("L"))  # (32, W)
+            grey = crnn.scale(image.convert("L"), crnn.View())  # (32, W)
         if 80 <= grey.shape[1] <= 120 and len(words) < READING_WORDS:
             name = Path(row.image_path).name
             Image.fromarray(grey).save(folder / name)
             words.append((name, row.label, "words"))
     table = pd.DataFrame(words, columns=["image_path", "label", "source"])
-    prepare_ocr_dataset.write_labels(table, folder / "words.csv")
+    crnn.write_labels(table, folder / "words.csv")
     rates = {}
     for name in others.READERS:
         rate = finished(name, run_reader(name, folder / "words.csv", passes=REPEATS)[0])
@@ -304,7 +286,7 @@ def peers():
         os.path.relpath(FOREIGN / p, DEFAULT_CSV.parent) for p in foreign.image_path
     ]
     path, shown = DEFAULT_CSV.parent / ".peers.csv", pd.concat([rows, foreign])
-    prepare_ocr_dataset.write_labels(shown[["image_path", "label", "source"]], path)
+    crnn.write_labels(shown[["image_path", "label", "source"]], path)
     for name in others.READERS:
         running = [run_reader(name, path, core, tall) for core, tall in enumerate((False, True))]
         lines = [finished(name, process) for process, _ in running]
@@ -404,7 +386,7 @@ def memory():
     rows["image_path"] = [str(FOREIGN / path) for path in rows.image_path]
     for number in MEMORY_IMAGES:
         repeated = pd.concat([rows] * -(-number // len(rows))).head(number)
-        prepare_ocr_dataset.write_labels(repeated, folder / f"{number}.csv")
+        crnn.write_labels(repeated, folder / f"{number}.csv")
         run = run_inference(folder / f"{number}.csv", timeout=3600)
         peak = float(run.stdout.split("peak ")[-1]) / 1e6
         record("memory", f"{number:,} images read, peak in GB", peak)

@@ -118,9 +118,9 @@ READERS = {  # name: what makes the function from grey images to texts, and how 
 
 def tall(image):
     """Dark ink on light paper, 64 pixels high: what a careful user of another engine would do."""
-    from crnn import dark_on_light
+    from crnn import to_dark_on_light
 
-    image = Image.fromarray(dark_on_light(image))
+    image = Image.fromarray(to_dark_on_light(image))
     width = max(1, round(image.width * 64 / image.height))
     return np.asarray(image.resize((width, 64), Image.Resampling.BICUBIC))
 
