@@ -670,6 +670,15 @@ def read_blocks(path, include):
     return blocks
 
 
+def scale_of(facts):
+    """What x and y of a tablet are multiplied with, float32 (2,): y shall point down."""
+    [across, *_] = facts.get("X_POINTS_PER_INCH", ["1"])
+    [down, *_] = facts.get("Y_POINTS_PER_INCH", [across])
+    with contextlib.suppress(ValueError, ZeroDivisionError):
+        return np.float32([1, -float(across) / float(down)])
+    return np.float32([1, -1])  # no numbers: as most tablets are
+
+
 def read_samples(path, root, skipped):
     """Yield the Written samples of a data file, and count in skipped what cannot be one."""
     file, facts, ink, segments = path.relative_to(root / "data").as_posix(), {}, [], []
@@ -683,11 +692,7 @@ def read_samples(path, root, skipped):
     skipped["ink files missing"] += "MISSING" in facts
     contributor, [name, *_] = file.split("/")[1], facts.get("WRITER_ID", ["unknown"])
     writer = f"{contributor}/{re.sub('_[0-9]$', '', name)}"  # somebody's sessions: Name_1, Name_2
-    [across, *_] = facts.get("X_POINTS_PER_INCH", ["1"])
-    [down, *_] = facts.get("Y_POINTS_PER_INCH", [across])
-    scale = np.float32([1, -1])  # UNIPEN's y points up
-    with contextlib.suppress(ValueError, ZeroDivisionError):  # no numbers: as most tablets are
-        scale[1] = -float(across) / float(down)
+    scale = scale_of(facts)
     for content in segments:
         segment = re.match(r'\w+\s+([\d:,-]+)\s+(\S+)\s+"((?:\\.|[^"\\])*)"', content)
         place, quality, label = segment.groups() if segment else ("", "BAD", "")

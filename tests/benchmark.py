@@ -175,7 +175,8 @@ def kills():
         state = folder / f"killed{i}.resume.pth"
         again = script(train_crnn, MODEL_PATH=str(folder / f"killed{i}.pth"), **constants)
         killed(again.command(folder), random.uniform(0, seconds))
-        again.run(folder, RESUME=state.exists())
+        again.constants["RESUME"] = state.exists()
+        again.run(folder)
         weights = torch.load(state, weights_only=True)["net"]
         same += all(torch.equal(weights[name], expected[name]) for name in expected)
     record("kills", "trainings that end as uninterrupted", same, KILLS)

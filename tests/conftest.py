@@ -2,9 +2,11 @@
 
 import os
 import re
+import shutil
 import struct
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +17,10 @@ from PIL import Image, ImageDraw, ImageFont
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 FONT = str(ROOT / "myFonts" / "DejaVuSans.ttf")
+
+# Every download fails at once, in processes of their own too: nothing answers at that port.
+os.environ.update(http_proxy="http://127.0.0.1:9", https_proxy="http://127.0.0.1:9")
+os.environ["no_proxy"] = "127.0.0.1"  # but for the servers that tests of downloads start
 
 
 def line_image(text, size=24, margin=4):
@@ -37,28 +43,23 @@ def write_csv(folder, texts, name="data.csv", **columns):
     return folder / name
 
 
-def write_idx(raw, images, labels):
-    """Write upright images (n, 28, 28) and labels (n,) as EMNIST stores them: transposed, twice."""
-    raw.mkdir(parents=True, exist_ok=True)
-    pixels, classes = images.transpose(0, 2, 1).tobytes(), labels.astype(np.uint8).tobytes()
+def fake_emnist(datasets, per_class=24):
+    """EMNIST files in datasets/emnist: printed characters of all 62 classes, no two the same."""
+    characters = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz" * per_class
+    font, rng, images = ImageFont.truetype(FONT, 22), np.random.default_rng(0), []
+    for c in characters:
+        image = Image.fromarray(rng.integers(0, 40, (28, 28), dtype=np.uint8))
+        ImageDraw.Draw(image).text((14, 14), c, font=font, fill=255, anchor="mm")
+        images.append(np.asarray(image).T)  # (28, 28), transposed, as EMNIST stores them
+    pixels = np.stack(images).tobytes()
+    classes = np.tile(np.arange(62, dtype=np.uint8), per_class).tobytes()
+    raw = Path(datasets) / "emnist" / "EMNIST" / "raw"
+    raw.mkdir(parents=True)
     for part in ("train", "test"):
         head = struct.pack(">IIII", 0x803, len(images), 28, 28)
         (raw / f"emnist-byclass-{part}-images-idx3-ubyte").write_bytes(head + pixels)
-        head = struct.pack(">II", 0x801, len(labels))
+        head = struct.pack(">II", 0x801, len(images))
         (raw / f"emnist-byclass-{part}-labels-idx1-ubyte").write_bytes(head + classes)
-
-
-def fake_emnist(datasets, per_class=24):
-    """EMNIST files in datasets/emnist with printed characters, all 62 classes."""
-    characters = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
-    font = ImageFont.truetype(FONT, 22)
-    images = []
-    for c in characters * per_class:
-        image = Image.new("L", (28, 28), 0)
-        ImageDraw.Draw(image).text((14, 14), c, font=font, fill=255, anchor="mm")
-        images.append(np.asarray(image))
-    labels = np.tile(np.arange(62), per_class)
-    write_idx(Path(datasets) / "emnist" / "EMNIST" / "raw", np.stack(images), labels)
 
 
 class Script:
@@ -76,30 +77,29 @@ class Script:
             self.monkeypatch.setattr(self.module, name, value)
             self.constants[name] = value
 
-    def command(self, folder, start_method=None, **constants):
+    def command(self, folder):
         """A command that runs the script, as a user would, with the constants set so far."""
-        name, values = self.module.__name__, self.constants | constants
-        start = f"    multiprocessing.set_start_method({start_method!r})\n" if start_method else ""
+        name = self.module.__name__
         path = folder / f"{name}_{len(list(folder.glob('*.py')))}.py"
         path.write_text(
-            f"import multiprocessing, sys\nsys.path.insert(0, {str(ROOT)!r})\n"
-            f"import crnn, {name} as script\nvars(script).update({values!r})\n"
+            f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nimport crnn, {name} as script\n"
             "import atexit, glob\n"  # threads that outlive a script may abort it as it ends
             "left = lambda: [open(p).read() for p in glob.glob('/proc/self/task/*/comm')]\n"
-            "atexit.register(lambda: print('threads at exit:', *sorted(left())))\n"
-            f"if __name__ == '__main__':\n{start}    crnn.run(script.main)\n",
+            "if __name__ == '__main__':\n"  # not in spawned workers: the script sees to them
+            f"    vars(script).update({self.constants!r})\n"
+            "    atexit.register(lambda: print('threads at exit:', *sorted(left())))\n"
+            "    crnn.run(script.main)\n",
             encoding="utf-8",
         )
         return [sys.executable, str(path)]
 
-    def run(self, folder, processes=1, timeout=150, **options):
+    def run(self, folder, processes=1, timeout=150):
         """Run command() to its end, under torchrun where processes > 1. Returns what it printed."""
-        command = self.command(folder, **options)
+        command = self.command(folder)
         if processes > 1:
             launcher = ["-m", "torch.distributed.run", "--standalone"]
             command[1:1] = [*launcher, f"--nproc_per_node={processes}"]
-        environment = dict(os.environ, PYTHONIOENCODING="utf-8")
-        pipes = dict(capture_output=True, text=True, encoding="utf-8", env=environment)
+        pipes = dict(capture_output=True, text=True, encoding="utf-8")
         run = subprocess.run(command, timeout=timeout, **pipes)
         assert run.returncode == 0, run.stderr[-2000:]
         return run.stdout
@@ -163,11 +163,18 @@ SHIPPED = dict(
 def make_script(module, monkeypatch, **constants):
     """A Script with all of its constants set, so that what a user edited does not count."""
     script = Script(module, monkeypatch)
-    script.set(**SHIPPED[module.__name__] | constants)
+    shipped = SHIPPED[module.__name__]
+    script.set(**{name: shipped[name] for name in shipped if hasattr(module, name)} | constants)
     code = Path(module.__file__).read_text(encoding="utf-8").split("# ---")[1]  # the constants
     missing = set(re.findall("^([A-Z_]+) = ", code, re.M)) - set(script.constants)
     assert not missing, f"conftest.py sets no {missing}: their edited values would reach the tests"
     return script
+
+
+@cache
+def survey_once(module):
+    """Look at each font once for all tests: 200 take eight seconds."""
+    module.survey_font = cache(module.survey_font)
 
 
 @pytest.fixture
@@ -178,9 +185,23 @@ def prepare(tmp_path, monkeypatch):
     number = dict.fromkeys(module.SOURCES, 24)
     folder = str(tmp_path / "datasets")
     script = make_script(module, monkeypatch, NUM_IMAGES=number, DATASETS_DIR=folder)
-    for cached in (module.emnist, module.emnist_class, module.emnist_is_there):
-        cached.cache_clear()
+    survey_once(module)
+    for name in vars(module).keys() - {"survey_font", "typeface", "find_words"}:
+        if hasattr(vars(module)[name], "cache_clear"):  # another test's fonts and downloads
+            vars(module)[name].cache_clear()
     return script
+
+
+@pytest.fixture
+def few_fonts(prepare, tmp_path):
+    """FONTS_DIR is a folder of six fonts, for tests that need no more."""
+    for kind, names in dict(
+        printed="arvo-700 abel-400 poppins-400", handwriting="caveat-400 kalam-400 neucha-400"
+    ).items():
+        (tmp_path / "fonts" / kind).mkdir(parents=True)
+        for name in names.split():
+            shutil.copy(ROOT / "myFonts" / kind / f"{name}.woff2", tmp_path / "fonts" / kind)
+    prepare.set(FONTS_DIR=str(tmp_path / "fonts"))
 
 
 @pytest.fixture
