@@ -4,13 +4,11 @@ import json
 import re
 import runpy
 import shutil
-import sys
 from pathlib import Path
 from unittest.mock import DEFAULT, Mock
 
 import numpy as np
 import pandas as pd
-import peers
 import pytest
 import torch
 from conftest import ROOT, fake_emnist, line_image, write_csv
@@ -330,18 +328,6 @@ def test_onnx_reads_what_pytorch_reads(infer, checkpoint, line, tmp_path):
         ink = torch.rand(number, 1, crnn.HEIGHT, width)
         with torch.inference_mode():
             assert np.allclose(session.run(None, {"ink": ink.numpy()})[0], model(ink), atol=1e-3)
-
-
-def test_readers_of_the_benchmark(infer, checkpoint, tmp_path, monkeypatch, capsys):
-    path, out = write_csv(tmp_path / "words", ["one", "two"], source="words"), tmp_path / "out.csv"
-    monkeypatch.setenv("PEERS_MODEL", str(checkpoint))
-    peers.main("ours", path, out)
-    assert float(capsys.readouterr().out) > 0
-    assert list(pd.read_csv(out).label) == ["one", "two"]
-    monkeypatch.setitem(sys.modules, "tesserocr", None)  # as where it is not installed
-    with pytest.raises(SystemExit, match="3"):
-        peers.main("Tesseract", path, out)
-    assert "not installed: apt install tesseract-ocr-eng" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("script", ["crnn", "prepare_ocr_dataset", "train_crnn", "inference_crnn"])

@@ -13,6 +13,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from unittest.mock import Mock
 
+import cv2
 import numpy as np
 import pandas as pd
 import pytest
@@ -30,13 +31,11 @@ FORK = pytest.mark.skipif(os.name == "nt", reason="Windows cannot fork")
 
 
 def strokes_like(text, height):
-    """Strokes (points, 2) that fill the letters of a text like a comb."""
-    image = np.asarray(line_image(text, size=height * 4 // 3, margin=0)) < 128
-    strokes = []
-    for y in range(0, len(image), 6):
-        ends = np.flatnonzero(np.diff(np.pad(image[y], 1).astype(int)))
-        strokes += [np.array([(a, y), (b - 1, y)]) for a, b in ends.reshape(-1, 2)]
-    return strokes
+    """Strokes (points, 2) around the letters of a text, made thin."""
+    image = np.asarray(line_image(text, size=height * 4 // 3, margin=9)) < 128
+    thin = cv2.erode(np.uint8(image), np.ones((7, 7)))
+    outlines, _ = cv2.findContours(thin, cv2.RETR_LIST, cv2.CHAIN_APPROX_SIMPLE)
+    return [np.concatenate([line, line[:1]])[:, 0].astype(int) for line in outlines]
 
 
 def fake_unipen(datasets):
@@ -104,10 +103,10 @@ def data_rows(prepare):
     return read_labels(Path(prepare.DATASETS_DIR) / "data.csv")
 
 
-def read_right(reader, images, labels):
-    """The share of images that the bundled weights read as their label."""
+def read(reader, images):
+    """What the bundled weights read in images, without spaces."""
     readings = crnn.read_images(reader, list(map(load_image, images)), 20)
-    return np.mean([reading.text == label for reading, label in zip(readings, labels)])
+    return [reading.text.replace(" ", "") for reading in readings]
 
 
 # ---- texts
@@ -206,18 +205,17 @@ def test_fonts_are_only_used_for_what_they_draw(prepare):
     assert rows.family.is_unique
     assert rows.why.str.len().min() > 5
     for row in rows.itertuples():
-        drawn = [font.characters for font in by_name.values() if font.family == row.family]
+        drawn = [f.characters - set(f.borrowed) for f in by_name.values() if f.family == row.family]
         assert drawn and not set(row.characters) & set().union(*drawn), row.family
 
 
-@pytest.mark.parametrize("size", [20, 44])  # in small sizes thin strokes may be hinted away
-def test_every_font_draws_what_it_may_be_asked_for(prepare, size):
-    """And neither nothing nor its box for the unknown."""
+def test_every_font_draws_what_it_may_be_asked_for(prepare):
+    """And neither nothing nor its box for the unknown, in a size that it was not chosen by."""
     for font in fonts_by_name(prepare).values():
         borrowed = set(font.borrowed)
         for path, some in ((font.path, font.characters - borrowed), (font.lender, borrowed)):
             if some:
-                face = prepare.typeface(path, size)
+                face = prepare.typeface(path, 24)
                 boxes = {bytes(face.getmask(c)) for c in "\u0378\ue123\U000e0fff"}  # unassigned
                 masks = {c: bytes(face.getmask(c)) for c in some - {" "}}
                 assert [c for c in masks if masks[c] in boxes or not any(masks[c])] == [], path
@@ -290,16 +288,12 @@ def test_writers_of_the_test_are_not_trained_on(prepare, downloaded):
 
 
 def test_signs_that_unipen_lacks_are_put_together(prepare, downloaded, reader):
-    """As the bundled weights know them, from what people write."""
     random.seed(0)
-    labels = [f"7{sign}4" for sign in prepare.SIGNS for _ in range(10)]
     line = make_line(prepare, "7+4", "val", source="unipen_math")
-    inks = [line.source.pen(label, line.source.pick(line)) for label in labels]
-    images = [np.uint8(255 - 255 * ink) for ink in inks]
-    for start in range(0, len(labels), 10):
-        ten = slice(start, start + 10)
-        print(labels[start], read_right(reader, images[ten], labels[ten]))
-    assert 0
+    for sign in prepare.SIGNS:
+        inks = [line.source.pen(f"7{sign}4", line.source.pick(line)) for _ in range(10)]
+        texts = read(reader, [np.uint8(255 - 255 * ink) for ink in inks])
+        assert texts.count(f"7{sign}4") + (sign == "×") * texts.count("7x4") >= 6, sign
 
 
 # ---- styles and images
@@ -324,16 +318,18 @@ def test_every_style_shows_its_text(prepare, kind):
 def test_an_image_shows_its_label(prepare, downloaded, reader, source):
     """The bundled weights read most: a wrong label, a lost or a mirrored character would show."""
     images, labels, *_ = zip(*[prepare.sample(source, index) for index in range(40)])
-    assert read_right(reader, images, labels) >= 0.4
+    right = [text == label.replace(" ", "") for text, label in zip(read(reader, images), labels)]
+    assert np.mean(right) >= 0.4
 
 
-def test_all_sources(prepare, downloaded, capsys):
-    assert draw_again(prepare, capsys) == 24 * len(prepare.SOURCES)
+def test_all_sources(prepare, few_fonts, downloaded, capsys):
+    prepare.set(NUM_IMAGES=dict.fromkeys(prepare.SOURCES, 10))
+    assert draw_again(prepare, capsys) == 10 * len(prepare.SOURCES)
     rows, folder = data_rows(prepare), Path(prepare.DATASETS_DIR)
     assert list(rows.columns) == ["image_path", "label", "source", "split", "style"]
     assert set(rows.split) == set(SPLITS)
     assert {"plain", "form", "fields"} < set(rows["style"])
-    assert list(rows.image_path) == [f"{s}/{i:05}.png" for s in prepare.SOURCES for i in range(24)]
+    assert list(rows.image_path) == [f"{s}/{i:05}.png" for s in prepare.SOURCES for i in range(10)]
     for row in rows.itertuples():
         assert prepare.acceptable(row.label)
         image = load_image(folder / row.image_path)
@@ -373,28 +369,29 @@ def draw_in_two_processes(main):
         assert process.exitcode == 0
 
 
-def draw_in_workers(method, prepare):
-    workers = partial(ProcessPoolExecutor, mp_context=get_context(method))
-    prepare.set(ProcessPoolExecutor=workers, NUM_WORKERS=2)
-    prepare.main()
-
-
-WAYS = dict(fork=5, spawn=200, machines=5)  # and images in a chunk: a spawned worker takes long
+WAYS = ["spawn", pytest.param("fork", marks=FORK), pytest.param("machines", marks=FORK)]
 
 
 @pytest.mark.parametrize("way", WAYS)
 def test_workers_and_machines_change_nothing(prepare, few_fonts, downloads, tmp_path, way, capfd):
-    sources = dict(trdg_custom=8, unipen_text=8) if way != "spawn" else dict(trdg_custom=8)
-    prepare.set(SEED=7, CHUNK=WAYS[way], NUM_IMAGES=sources)
+    spawn = way == "spawn"  # one chunk for one worker, since it takes three seconds to start
+    sources = dict(trdg_custom=8) if spawn else dict(trdg_custom=8, unipen_text=8)
+    prepare.set(SEED=7, CHUNK=8 if spawn else 3, NUM_IMAGES=sources)
     for name in ("one", "two"):
         shutil.copytree(downloads, tmp_path / name)
     prepare.set(DATASETS_DIR=str(tmp_path / "one"))
     prepare.main()
     one = contents(tmp_path / "one")
     assert len([name for name in one if name.endswith(".png")]) == sum(sources.values()) + 1
-    prepare.set(DATASETS_DIR=str(tmp_path / "two"))
+    prepare.set(DATASETS_DIR=str(tmp_path / "two"), NUM_WORKERS=2)
     capfd.readouterr()
-    draw_in_two_processes(prepare.main) if way == "machines" else draw_in_workers(way, prepare)
+    if way == "machines":
+        prepare.set(NUM_WORKERS=1)
+        draw_in_two_processes(prepare.main)
+    else:
+        context = get_context(way)
+        prepare.set(ProcessPoolExecutor=partial(ProcessPoolExecutor, mp_context=context))
+        prepare.main()
     assert contents(tmp_path / "two") == one
     assert capfd.readouterr().out.count(" new)") == 1  # one of them speaks
 
@@ -412,16 +409,16 @@ def test_a_forked_worker_draws_a_wide_line(prepare, few_fonts):
     assert worker.exitcode == 0
 
 
-@pytest.mark.parametrize("seed, new", [(0, 24 - 15), (1, 24 - 4)])
+@pytest.mark.parametrize("seed, new", [(0, 12 - 6), (1, 12 - 3)])
 def test_a_run_that_was_stopped_ends_in_the_same_bytes(prepare, few_fonts, capsys, seed, new):
     """Also where it was stopped with other constants, which are then changed back."""
-    prepare.set(CHUNK=5, NUM_IMAGES=dict(trdg_custom=24))
+    prepare.set(CHUNK=3, NUM_IMAGES=dict(trdg_custom=12))
     prepare.main()
     whole, sample = contents(prepare.DATASETS_DIR), prepare.sample
     if seed == 0:
         shutil.rmtree(Path(prepare.DATASETS_DIR) / "trdg_custom")
     prepare.set(SEED=seed)
-    first = [sample("trdg_custom", i) for i in range(18)]
+    first = [sample("trdg_custom", i) for i in range(8)]
     prepare.set(sample=Mock(side_effect=[*first, KeyboardInterrupt]))
     with pytest.raises(KeyboardInterrupt):
         prepare.main()
@@ -433,24 +430,23 @@ def test_a_run_that_was_stopped_ends_in_the_same_bytes(prepare, few_fonts, capsy
 
 def test_only_what_changed_is_drawn_again(prepare, few_fonts, capsys):
     steps = [
-        (dict(NUM_IMAGES=dict(trdg_custom=20, handwriting=20)), 40),
+        (dict(NUM_IMAGES=dict(trdg_custom=6, handwriting=6)), 12),
         (dict(), 0),
-        (dict(NUM_IMAGES=dict(trdg_custom=25, handwriting=20)), 5),
-        (dict(NUM_IMAGES=dict(trdg_custom=34, handwriting=20)), 14),  # from the chunk not full on
-        (dict(STYLED=0), 54),
-        (dict(NUM_IMAGES=dict(trdg_custom=12)), 0),
+        (dict(NUM_IMAGES=dict(trdg_custom=11, handwriting=6)), 5),  # from the chunk not full on
+        (dict(STYLED=0), 17),
+        (dict(NUM_IMAGES=dict(trdg_custom=5)), 0),
     ]
-    prepare.set(CHUNK=10)
+    prepare.set(CHUNK=3)
     for changes, new in steps:
         prepare.set(**changes)
         assert draw_again(prepare, capsys) == new, changes
-    assert list(data_rows(prepare).source) == ["trdg_custom"] * 12  # no others are listed
+    assert list(data_rows(prepare).source) == ["trdg_custom"] * 5  # no others are listed
     assert set(data_rows(prepare)["style"]) == {"plain"}
     (Path(prepare.DATASETS_DIR) / "trdg_custom" / "00000.csv").write_text("image_path,label")
-    assert draw_again(prepare, capsys) == 10
+    assert draw_again(prepare, capsys) == 3
     (Path(prepare.FONTS_DIR) / "printed" / "abel-400.woff2").unlink()
     prepare.find_fonts.cache_clear()
-    assert draw_again(prepare, capsys) == 12
+    assert draw_again(prepare, capsys) == 5
 
 
 CHANGES = [(crnn, "if ", "if not ", True), (prepare_ocr_dataset, "if ", "if not ", True)]
@@ -470,7 +466,7 @@ def test_changed_code_is_noticed(
 
 def test_images_of_ones_own(prepare, few_fonts, capsys):
     """In datasets/custom, and in folders of it that may name their source and split."""
-    prepare.set(NUM_IMAGES=dict(trdg_custom=20))
+    prepare.set(NUM_IMAGES=dict(trdg_custom=2))
     folder, texts = Path(prepare.DATASETS_DIR) / "custom", [f"A-{i}" for i in range(30)]
     write_csv(folder / "scans", texts)
     labels = [f"scans\\{i}.png,{text}" for i, text in enumerate(texts)]
@@ -478,7 +474,7 @@ def test_images_of_ones_own(prepare, few_fonts, capsys):
     (folder / "scans" / "7.png").unlink()  # missing: it is left to the training to report
     write_csv(folder / "meters", ["12", "34"], "labels.csv", source="dials", split="test")
     prepare.main()
-    own = data_rows(prepare)[20:]
+    own = data_rows(prepare)[2:]
     paths = [f"custom/scans/{i}.png" for i in range(30)]
     assert list(own.image_path) == [*paths, "custom/meters/0.png", "custom/meters/1.png"]
     assert list(own.label) == [*texts, "12", "34"]
@@ -501,6 +497,7 @@ def test_without_downloads_and_without_network(prepare, few_fonts, capsys, monke
         url = f"http://127.0.0.1:{silent.getsockname()[1]}/"
         monkeypatch.setattr(torchvision.datasets.EMNIST, "url", url + "gzip.zip")
         prepare.set(DOWNLOAD_TIMEOUT=1, UNIPEN_RECORD=url)
+        prepare.set(NUM_IMAGES=dict.fromkeys(prepare.SOURCES, 2))
         start = time.monotonic()
         prepare.main()
     assert time.monotonic() - start < 30
@@ -533,7 +530,7 @@ def test_a_broken_font_is_skipped_by_name_and_one_family_is_too_few(prepare, few
     (Path(prepare.FONTS_DIR) / "broken ü.ttf").write_bytes(b"no font")
     for path in sorted(Path(prepare.FONTS_DIR).glob("handwriting/*"))[1:]:
         path.unlink()
-    prepare.set(NUM_IMAGES=dict.fromkeys(TYPED, 24))
+    prepare.set(NUM_IMAGES=dict.fromkeys(TYPED, 2))
     prepare.main()
     output = capsys.readouterr().out
     assert "broken ü.ttf is skipped" in output
@@ -541,10 +538,9 @@ def test_a_broken_font_is_skipped_by_name_and_one_family_is_too_few(prepare, few
     assert set(data_rows(prepare).source) == set(TYPED) - {"handwriting"}
 
 
-def test_a_full_disk_is_an_error_and_leaves_no_labels_of_former_images(
-    prepare, few_fonts, monkeypatch
-):
-    prepare.set(NUM_IMAGES=dict(trdg_custom=24))
+def test_a_full_disk_is_an_error_that_leaves_no_labels(prepare, few_fonts, monkeypatch):
+    """Those of the former images would be wrong."""
+    prepare.set(NUM_IMAGES=dict(trdg_custom=2))
     prepare.main()
     prepare.set(SEED=1)
     monkeypatch.setattr(Image.Image, "save", Mock(side_effect=OSError(28, "No space left")))
