@@ -570,7 +570,7 @@ CATEGORIES = "1a 1b 1c 1d 7 8".split()  # digits, capitals, small letters, signs
 MISCOUNTED = {"lou"}  # contributors who count components otherwise: their words come out cut
 PER_CHARACTER, PER_TEXT = 8, 2  # samples kept of one character, one word or text, of one writer
 LONGEST = 40  # characters in a text; longer ones run over several lines
-HEIGHT = 128  # a writer's median character becomes so high, and so does the median word
+STROKES_HEIGHT = 128  # a writer's median character becomes so high, and so does the median word
 IN_PIECES = set('+=:;"#!?')  # a single stroke with such a label is only a piece of the sign
 TOLERANCE = 1.3  # how far a simplified line may lie from the written one, in the same unit
 
@@ -727,7 +727,7 @@ def cut_out(place, ink, columns):
 def choose(samples, skipped):
     """Yield the samples of a writer that are worth keeping, at one size and simplified."""
     height = np.median([np.ptp(np.concatenate(s.strokes)[:, 1]) for s in samples])
-    scale, seen = HEIGHT / max(1, height), Counter()
+    scale, seen = STROKES_HEIGHT / max(1, height), Counter()
     steps = [np.abs(np.diff(stroke, axis=0)).ravel() for s in samples for stroke in s.strokes]
     steps = np.concatenate(steps) * scale
     # How coarse the tablet was: hardly a step between points is smaller.
@@ -750,7 +750,7 @@ def believable(strokes, label):
         return False
     if len(label) == 1:  # signs may be far larger than the median of people who wrote few but dots
         compact = height < 330 and width < 2.5 * height
-        return compact if label.isalnum() else max(width, height) < 100 * HEIGHT
+        return compact if label.isalnum() else max(width, height) < 100 * STROKES_HEIGHT
     if height > 330 or not max(14, 0.15 * height) < width / len(label) < 330:
         return False
     # Gaps between pieces of ink: a space must show as one, and a word must not fall apart.
@@ -849,7 +849,7 @@ def put_together(c, writers):
     for parts, *box in SIGNS[c] if writer else []:
         part = choice([part for part in parts if part in writer])
         if c == "√" and sign:  # the bar begins at the tip of the right arm, mostly
-            box[:2] = np.divide(max(sign[-1].tolist()), 128)
+            box[:2] = np.divide(max(sign[-1].tolist()), STROKES_HEIGHT)
         strokes = fit(strokes_of(choice(writer[part])), *box)  # (points, 2) each
         if c == "√" and not sign:  # the left arm is only begun
             arm, low = strokes[0], strokes[0][:, 1].argmax()
@@ -871,7 +871,10 @@ def fit(strokes, left, top, width, height):
     # A bar keeps its slope and bends unless they are large beside it: some are drawn tiny.
     down = height * gauss(1, 0.1) / size[1] if height else min(across, 0.15 / size[1])
     corner = [left + gauss(0, 0.03), top + gauss(0, 0.03)]
-    return [np.float32(128 * ((stroke - low) * [across, down] + corner)) for stroke in strokes]
+    return [
+        np.float32(STROKES_HEIGHT * ((stroke - low) * [across, down] + corner))
+        for stroke in strokes
+    ]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1067,7 +1070,7 @@ def write_character(c, hand):
     place, (width, height) = place_of(c), np.ptp(np.concatenate(strokes), axis=0)
     size = max(1, height if c in ALPHANUMERIC else max(width, height))
     # A writer's capitals are 128 high in the median. Somebody else's sign has no size in this hand.
-    tall = min(max(size / 128, place.least), place.most)
+    tall = min(max(size / STROKES_HEIGHT, place.least), place.most)
     tall = uniform(place.least, place.most) if borrowed else tall
     scale = hand.capital * tall * gauss(1, hand.looseness) / size
     rise = max(place.height, hand.point if c == "." else place.height)
@@ -1122,7 +1125,7 @@ def retrace(text, hand):
     """A word or text as somebody has written it: ink (H, W)."""
     strokes = strokes_of(choice(hand.samples[text]))
     # A writer's texts are 128 high in the median, as a whole: with all that rises and falls.
-    glyph, _ = trace(strokes, 1.3 * hand.capital / 128, hand)
+    glyph, _ = trace(strokes, 1.3 * hand.capital / STROKES_HEIGHT, hand)
     return np.pad(glyph, hand.capital // 4).astype(np.float32) / 255
 
 

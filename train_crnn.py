@@ -115,10 +115,8 @@ def reason_to_skip(label, image, reason, charset):
         return "missing or unreadable image", reason
     if not crnn.fits(label, image):
         needed, frames = crnn.frames_needed(label), crnn.num_frames(image.shape[1])
-        return (
-            "label that cannot fit its image",
-            f"it needs {needed} frames, the image has {frames}",
-        )
+        counts = f"it needs {needed} frames, the image has {frames}"
+        return "label that cannot fit its image", counts
     return None, ""
 
 
@@ -578,9 +576,8 @@ def end_epoch(state, net, parts, losses, started, val, rows, epochs):
     print(f"Epoch {epoch}/{epochs} — {scores} — {pace}", flush=True)
     shown = epoch % math.ceil(epochs / 10) == 0 or epoch == epochs
     if shown:
-        for row in seen[epoch % 7 :: max(1, len(seen) // SHOWN)][
-            :SHOWN
-        ].itertuples():  # others each
+        examples = seen[epoch % 7 :: max(1, len(seen) // SHOWN)]  # others each epoch
+        for row in examples[:SHOWN].itertuples():
             print(f"    {row.label} | {row.prediction}")
     if (seen.prediction == "").mean() > 0.9:
         print("    nearly all predictions are still empty: normal in the first epochs of CTC")
@@ -651,7 +648,7 @@ def main():
     state["fingerprint"] = fingerprint(rows, epochs * number)
     if RESUME:
         state = load_state(state["fingerprint"], dict(net=net, **parts))
-    elif INIT_WEIGHTS:
+    elif INIT_WEIGHTS and rank() == 0:  # only the first process compares
         state["best"] = float(crnn.score_table(read(net.crnn, val)).exact.iloc[-1])
         print(f"the starting weights — Accuracy: {state['best']:.2%}", flush=True)
     trained = net if world_size() == 1 else nn.parallel.DistributedDataParallel(net)
