@@ -21,12 +21,13 @@ import sys
 import zlib
 from collections import defaultdict
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
+from unicodedata import normalize
 
 import numpy as np
 import torch
@@ -53,6 +54,8 @@ LOW_LINE, USUAL_LINE = 0.36, 0.45  # text lower than 36 % of the height is zoome
 
 # How it is read
 SECOND_LOOK = 0.6  # confidence (not calibrated) below which an image is read again
+SHORTLIST = 50  # texts of a lexicon, the nearest to what is read, among which the network chooses
+DOUBT = 1.7  # how much less likely, in nats a character, a text is that the lexicon lacks
 MIN_ALTERNATIVE = 0.02  # probability below which an alternative is not reported
 MAX_ASPECT = 256  # width over height beyond which an image is no line (400 characters have 200)
 
@@ -68,7 +71,11 @@ class InputError(ValueError):
 
 def run(main, *arguments):
     """Run a script's main and exit with its status: the one place where an error becomes a line."""
-    sys.stdout.reconfigure(encoding="utf-8")  # for labels and readings on a Windows console
+    # For labels and readings on a Windows console, and for the names of files that are no UTF-8
+    sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")
+    if not arguments and len(sys.argv) > 1:
+        print(f"{sys.argv[0]} takes no arguments: edit the constants at its top", file=sys.stderr)
+        sys.exit(2)
     try:
         sys.exit(main(*arguments))
     except InputError as error:
@@ -79,6 +86,17 @@ def run(main, *arguments):
         sys.exit(f"cannot write: {error}. Free some space, or set another folder in the constants")
     except KeyboardInterrupt:
         sys.exit("interrupted: run the same command again (train_crnn.py: RESUME = True continues)")
+
+
+def usable_cores():
+    """How many cores this process may use, which in a container are fewer than the machine has."""
+    with suppress(AttributeError):  # macOS and Windows lack it
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+if hasattr(os, "register_at_fork"):  # a forked child would wait for its parent's threads for ever
+    os.register_at_fork(after_in_child=partial(torch.set_num_threads, 1))
 
 
 def progress(iterable=None, **options):
@@ -134,22 +152,29 @@ DAMAGED = (OSError, SyntaxError, ValueError, TypeError, EOFError, MemoryError)
 DAMAGED += (Image.DecompressionBombError,)
 
 
-def load_image(source):
+def load_image(source, turns=0):
     """Read an image of one line of text as dark ink on light paper.
 
-    source: path, PIL image, or array (H, W) or (H, W, 3 or 4) of uint8, bool, or floats 0 to 1.
+    source: path, PIL image, a file's bytes, a stream, or array (H, W) or (H, W, 1, 3 or 4) of whole
+    numbers 0 to 255, bool, or floats 0 to 1 or to 255. turns: quarter-turns to the left before.
     Returns a uint8 tensor (HEIGHT, W), 255 = paper, 0 = the darkest ink. Keeps the aspect ratio,
     except that closer_view() stretches condensed text and crops high margins.
     Raises InputError, one line naming the image, when it cannot be read as a line of text.
     """
     name = str(source) if isinstance(source, (str, os.PathLike)) else f"a {type(source).__name__}"
     try:
+        name.encode()
         with open_image(source) as image:
             check_size(image)
-            grey = to_grey(ImageOps.exif_transpose(image))
+            grey = to_grey(ImageOps.exif_transpose(image)).rotate(90 * turns, expand=True)
+            if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":  # a camera's: one photo
+                print(f"{name} has {image.n_frames} pages: the first is read", file=sys.stderr)
         check_lines(grey)
         first = scale(grey, View())  # as it is, to see how large its text is
         pixels = scale(grey, closer_view(first))  # with that text at the usual size and pitch
+    except UnicodeEncodeError:
+        name = name.encode(errors="backslashreplace").decode()
+        raise InputError(f"{name}: a name that is not UTF-8, rename the file") from None
     except FileNotFoundError:
         raise InputError(f"{name}: no such file or folder") from None
     except UnidentifiedImageError:
@@ -174,10 +199,15 @@ def open_image(source):
         return Image.open(source)
     if isinstance(source, Image.Image):
         return source.copy()  # the caller's own stays open
+    if isinstance(source, (bytes, bytearray)):
+        return Image.open(io.BytesIO(source))
+    if hasattr(source, "read"):
+        return Image.open(source)
     array = np.asarray(source)
-    if array.dtype == bool or np.issubdtype(array.dtype, np.floating):
-        array = (np.clip(array, 0, 1) * 255).astype(np.uint8)
-    return Image.fromarray(array)
+    array = array[..., 0] if array.shape[2:] == (1,) else array  # (H, W, 1) -> (H, W)
+    if array.dtype == bool or np.issubdtype(array.dtype, np.floating) and array.max(initial=0) <= 1:
+        array = array * 255.0
+    return Image.fromarray(np.clip(array, 0, 255).astype(np.uint8))
 
 
 def check_size(image):
@@ -204,8 +234,10 @@ def to_grey(image):
     """Any PIL mode to mode L. Transparent parts become the paper that the ink stands out from."""
     if image.mode.startswith("I") or image.mode == "F":  # 16-bit, 32-bit and float tones
         tones = np.array(image, dtype=np.float64)
-        tones -= tones.min()
-        return Image.fromarray((tones * (255 / max(tones.max(), 1e-9))).astype(np.uint8))
+        stray = tones.size // 2000 + 1  # pixels at either end that may be faults of a sensor
+        low, high = np.partition(tones, (stray, -1 - stray), axis=None)[[stray, -1 - stray]]
+        tones = (tones.clip(low, high) - low) * (255 / max(high - low, 1e-9))
+        return Image.fromarray(tones.astype(np.uint8))
     if image.mode in ("LA", "PA", "RGBA", "La", "RGBa") or "transparency" in image.info:
         rgba = image.convert("RGBA")
         grey = np.asarray(rgb_to_grey(rgba.convert("RGB")), dtype=np.float64)  # (H, W)
@@ -358,38 +390,51 @@ class Convolution(nn.Sequential):
 
 
 class Block(nn.Module):
-    """A residual convolution over three frames (He et al. 2015, arXiv:1512.03385)."""
+    """A residual convolution over three columns (He et al. 2015, arXiv:1512.03385)."""
 
-    def __init__(self, features):
+    def __init__(self, features, rows=1):
         super().__init__()
-        self.convolution = nn.Conv2d(features, features, (1, 3), padding=(0, 1), bias=False)
+        padding = (rows // 2, 1)
+        self.convolution = nn.Conv2d(features, features, (rows, 3), padding=padding, bias=False)
         self.norm = nn.BatchNorm2d(features)
         nn.init.zeros_(self.norm.weight)  # a new block changes nothing
 
     def forward(self, x):
-        return F.relu(x + self.norm(self.convolution(x)))  # (N, D, 1, T)
+        return F.relu(x + self.norm(self.convolution(x)))  # the shape of x
 
 
 class CRNN(nn.Module):
     """CNN, bidirectional LSTM and a linear layer, after Shi et al. 2015 (arXiv:1507.05717).
 
     Leaner than theirs: strided convolutions instead of pooling, one LSTM layer. Residual blocks, if
-    any, come where the height is gone and a weight costs least. The model owns its charset, its
-    calibration (slope and offset, see calibrated) and facts: plain values about its training.
+    any, are at 8 rows, at 4 rows (row_blocks) and where the height is gone (blocks). The model owns
+    its charset, calibration (slope and offset, see calibrated) and facts: plain values about its
+    training.
     """
 
-    def __init__(self, charset, channels=(32, 64, 96, 192), hidden=192, dropout=0.0, blocks=0):
+    def __init__(
+        self,
+        charset,
+        channels=(32, 64, 96, 192),
+        hidden=192,
+        dropout=0.0,
+        blocks=0,
+        row_blocks=(0, 0),
+    ):
         super().__init__()
         self.charset, self.calibration, self.facts = charset, UNCALIBRATED, {}
         self.architecture = dict(channels=list(channels), hidden=hidden, blocks=blocks)
+        self.architecture["row_blocks"] = list(row_blocks)
         a, b, c, features = channels
         self.cnn = nn.Sequential(
             Convolution(1, a, 3, stride=2, padding=1),  # (N, 1, 32, W) -> (N, a, 16, W/2)
             Convolution(a, a, 3, padding=1),
             Convolution(a, b, 3, stride=2, padding=1),  # -> (N, b, 8, W/4)
             Convolution(b, b, 3, padding=1),
+            *[Block(b, rows=3) for _ in range(row_blocks[0])],
             Convolution(b, c, 3, stride=(2, 1), padding=1),  # -> (N, c, 4, W/4)
             Convolution(c, c, 3, padding=1),
+            *[Block(c, rows=3) for _ in range(row_blocks[1])],
             Convolution(c, features, (HEIGHT // 8, 1)),  # all rows at once -> (N, D, 1, W/4)
             *[Block(features) for _ in range(blocks)],
         )
@@ -455,6 +500,7 @@ class Reading(NamedTuple):
     text: str
     confidence: float  # probability that the text is right, calibrated where the model is
     characters: list  # a Character for each of text
+    unrestricted: str | None = None  # what was read without the lexicon, where there is one
 
 
 def greedy_decode(logits, charset, widths=None):
@@ -467,7 +513,7 @@ def greedy_decode(logits, charset, widths=None):
     best, classes = (tensor.T.tolist() for tensor in log_probs.max(2))  # N lists of T, both
     peaks = [find_peaks(*line) for line in zip(classes, best)]
     targets = [[path[frame] for frame in frames] for path, frames in zip(classes, peaks)]
-    confidences = text_probability(log_probs, targets)
+    confidences = text_log_probability(log_probs, targets).exp().clamp(0, 1).tolist()
     places = [(frame, n) for n, frames in enumerate(peaks) for frame in frames]
     at = torch.tensor(places, dtype=torch.long).view(-1, 2).T  # (2, P), one for each character
     top = log_probs[at[0], at[1]].exp().topk(min(4, log_probs.shape[2]))  # (P, C) -> (P, 4)
@@ -517,16 +563,15 @@ def extents(peaks, width):
     return [max(0.0, first), *between], [*between, min(1.0, last)]
 
 
-def text_probability(log_probs, targets):
-    """The probability of each text, summed over all its alignments: exp(-CTC loss).
+def text_log_probability(log_probs, targets):
+    """The log of the probability of each text, summed over all its alignments: -CTC loss.
 
-    log_probs: (T, N, C); targets: N lists of classes. Returns N floats.
+    log_probs: (T, N, C); targets: N lists of classes. Returns (N,).
     """
     frames = torch.full((len(targets),), len(log_probs))
     lengths = torch.tensor([len(target) for target in targets])
     flat = torch.tensor(sum(targets, []), dtype=torch.long)  # (sum of lengths,)
-    loss = F.ctc_loss(log_probs, flat, frames, lengths, blank=BLANK, reduction="none")  # (N,)
-    return loss.neg().exp().clamp(0, 1).tolist()
+    return -F.ctc_loss(log_probs, flat, frames, lengths, blank=BLANK, reduction="none")  # (N,)
 
 
 def calibrated(confidence, calibration):
@@ -537,18 +582,135 @@ def calibrated(confidence, calibration):
 
 
 # --------------------------------------------------------------------------------------------------
+# What the user knows: which characters can occur, or which texts
+
+
+class Known(NamedTuple):
+    """What an image can show."""
+
+    impossible: torch.Tensor  # bool (C,), the classes that cannot occur
+    lexicon: tuple = ()  # the texts it can show; none: any
+    lowered: tuple = ()  # the same in small letters: on signs a word may be in capitals
+
+
+def know(charset, allowed=None, lexicon=None):
+    """The Known of the characters that are allowed, a string; None: all that the charset holds.
+
+    lexicon: texts, or a file with one per line; None: any. Names texts with other characters on
+    standard error and leaves them out. InputError: nothing is left, or no such character or file.
+    """
+    if charset.unknown(allowed or ""):
+        character = describe(charset.unknown(allowed)[0])
+        raise InputError(f"ALLOWED has {character}, which the model does not know: take it out")
+    impossible = torch.full((charset.num_classes,), bool(allowed))
+    impossible[[BLANK, *charset.encode(allowed or "")]] = False
+    if lexicon is None:
+        return Known(impossible)
+    if isinstance(lexicon, (str, os.PathLike)):
+        try:
+            lexicon = Path(lexicon).read_text(encoding="utf-8-sig").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"LEXICON: {lexicon} is not a text file in UTF-8 ({error})") from None
+    texts = dict.fromkeys(normalize("NFC", text).strip() for text in lexicon if text.strip())
+    other = {text: set(text) - set(allowed or charset.index) for text in texts}
+    for text in [text for text in texts if other[text]][:5]:
+        names = " ".join(map(describe, sorted(other[text])))
+        print(f"LEXICON: {text!r} is left out, it has {names}", file=sys.stderr)
+    texts = tuple(text for text in texts if not other[text])
+    if not texts:
+        raise InputError("LEXICON has no text that can be read: give it one per line")
+    return Known(impossible, texts, tuple(map(str.lower, texts)))
+
+
+def find_in_lexicon(logits, charset, reading, known, width):
+    """The Reading of the likeliest text of a Known lexicon (Shi et al. 2015, part 2.3).
+
+    logits: (T, C) of a line; reading: what greedy_decode made of it.
+    """
+    from rapidfuzz import process
+    from rapidfuzz.distance import Levenshtein
+
+    log_probs = logits.float().log_softmax(1).cpu()  # (T, C)
+    nearest = dict(scorer=Levenshtein.distance, limit=SHORTLIST)
+    nearest = process.extract(reading.text.lower(), known.lowered, **nearest)
+    texts = [known.lexicon[i] for *_, i in nearest]
+    texts = [text for text in texts if frames_needed(text) <= len(log_probs)]
+    if not texts:
+        return reading._replace(text="", confidence=0.0, characters=[], unrestricted=reading.text)
+    targets = [charset.encode(text) for text in (*texts, reading.text)]
+    batch = log_probs[:, None].expand(-1, len(targets), -1)  # (T, texts + 1, C)
+    scores = text_log_probability(batch, targets)  # (texts + 1,)
+    best = int(scores[:-1].argmax())
+    # What was read counts as one more text, unless the lexicon has it: an image may show another.
+    scores[-1] -= math.inf if reading.text in texts else DOUBT * max(1, len(reading.text))
+    confidence = float(scores.softmax(0)[best])
+    peaks = align(log_probs, targets[best])
+    found = []
+    for c, probabilities in zip(targets[best], log_probs[peaks].exp()):  # (C,)
+        others = zip(
+            *(tensor.tolist() for tensor in probabilities.topk(min(4, len(probabilities))))
+        )
+        found.append([(c, float(probabilities[c])), *((i, p) for p, i in others if i != c)])
+    chosen = make_reading(charset, found, peaks, width, confidence)
+    return chosen._replace(unrestricted=reading.text)
+
+
+def align(log_probs, target):
+    """The frames where the characters of a target are surest on its likeliest path (Viterbi).
+
+    log_probs: (T, C).
+    """
+    states = [BLANK, *(each for c in target for each in (c, BLANK))]  # S
+    skips = [i % 2 and i > 1 and states[i] != states[i - 2] for i in range(len(states))]
+    skips = np.where(skips, 0, -np.inf)  # past the blank between unlike characters
+    rows = log_probs[:, states].numpy()  # (T, S)
+    score, steps = np.where(np.arange(len(states)) < 2, rows[0], -np.inf), []
+    for row in rows[1:]:
+        ways = np.pad(score, (2, 0), constant_values=-np.inf)
+        ways = np.stack([ways[2:], ways[1:-1], ways[:-2] + skips])  # by so many states, (3, S)
+        steps.append(ways.argmax(0))
+        score = ways.max(0) + row
+    path = [len(states) - 1 - int(score[-2:].argmax() == 0 and len(states) > 1)]
+    for step in reversed(steps):
+        path.append(path[-1] - int(step[path[-1]]))
+    path = np.array(path[::-1])  # (T,)
+    frames = [np.flatnonzero(path == 2 * i + 1) for i in range(len(target))]
+    return [int(at[rows[at, 2 * i + 1].argmax()]) for i, at in enumerate(frames)]
+
+
+# --------------------------------------------------------------------------------------------------
 # Reading
 
 
-def read_images(model, images, batch_size):
-    """Read uint8 tensors (HEIGHT, W_i) as load_image returns them. Returns a list of Readings."""
-    readings = read_once(model, images, batch_size)
+def read_images(model, images, batch_size, known=None):
+    """Read uint8 tensors (HEIGHT, W_i) as load_image returns them. Returns a list of Readings.
+
+    known: what each can show, a list of Known; None: anything.
+    """
+    known = known or [Known(torch.zeros(model.charset.num_classes, dtype=torch.bool))] * len(images)
+    readings = read_once(model, images, batch_size, known)
     for look in SECOND_LOOKS:  # the surest reading counts
         unsure = [i for i, reading in enumerate(readings) if reading.confidence < SECOND_LOOK]
         again = {i: seen for i in unsure if (seen := look(images[i])) is not None}
-        for i, reading in zip(again, read_once(model, list(again.values()), batch_size)):
+        seen = read_once(model, list(again.values()), batch_size, [known[i] for i in again])
+        for i, reading in zip(again, seen):
             readings[i] = max(readings[i], reading, key=lambda reading: reading.confidence)
-    return [r._replace(confidence=calibrated(r.confidence, model.calibration)) for r in readings]
+    for i, reading in enumerate(readings):
+        if not reading.text and looks_written(images[i]):  # nothing found: several lines, a column
+            readings[i] = reading._replace(confidence=0.0)
+        elif reading.unrestricted is None:  # else it is a share among texts
+            confidence = calibrated(reading.confidence, model.calibration)
+            readings[i] = reading._replace(confidence=confidence)
+    return readings
+
+
+def looks_written(image):
+    """Whether an image (HEIGHT, W) has strokes side by side, or one above the other."""
+    ink = (image < INK_TONE).numpy()
+    strokes = np.count_nonzero(ink[:, 1:] > ink[:, :-1], axis=1)  # (HEIGHT,)
+    beside = (strokes > 2).mean() > 0.25  # a box has two upright edges
+    above = ink.shape[1] < HEIGHT / 2 and ink.mean() > 0.1
+    return bool((beside or above) and ink.mean() < 0.4)  # more is the grain of empty paper
 
 
 def invert(image):
@@ -575,7 +737,7 @@ SECOND_LOOKS = (invert, partial(reframe, above=5, below=1), partial(reframe, str
 
 
 @torch.inference_mode()
-def read_once(model, images, batch_size):
+def read_once(model, images, batch_size, known):
     """Read images as they are. Returns Readings in their order, not calibrated."""
     readings, by_width = [None] * len(images), defaultdict(list)
     for i, image in enumerate(images):
@@ -587,9 +749,15 @@ def read_once(model, images, batch_size):
             batch = group[start : start + batch_size]
             ink = to_ink(torch.stack([pad(images[i]) for i in batch]))[:, None]  # (N, 1, H, W)
             with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                logits = model(ink.to(device))  # (T, N, C)
+                logits = model(ink.to(device)).cpu()  # (T, N, C)
+            impossible = torch.stack([known[i].impossible for i in batch])  # (N, C)
+            logits = logits.masked_fill(impossible, -math.inf)
             widths = [images[i].shape[1] / PIXELS_PER_FRAME for i in batch]
-            for i, reading in zip(batch, greedy_decode(logits, model.charset, widths)):
+            decoded = greedy_decode(logits, model.charset, widths)
+            for n, (i, reading) in enumerate(zip(batch, decoded)):
+                if known[i].lexicon:
+                    line = logits[:, n], model.charset, reading, known[i], widths[n]
+                    reading = find_in_lexicon(*line)
                 readings[i] = reading
     return readings
 
@@ -733,13 +901,32 @@ def read_labels(csv_path):
             raise InputError(f"{csv_path} has no column {column}: {wanted}")
     if rows.empty:
         raise InputError(f"{csv_path} has no rows: add lines of image_path,label")
-    return rows.fillna("")  # a line with too few fields leaves NaN behind
+    rows = rows.fillna("")  # a line with too few fields leaves NaN behind
+    for row, label in enumerate(rows.label):
+        if "\n" in label:
+            raise InputError(
+                f"{csv_path}, row {row + 1}: a label of several lines: close its "
+                'quotation mark; one within a label is written as ""'
+            )
+    # One spelling of é, whichever the keyboard made, and no space that no image shows
+    rows["label"] = (
+        rows.label.map(partial(normalize, "NFC")).str.replace("\u00a0", " ").str.strip(" ")
+    )
+    return rows
 
 
-def write_labels(rows, csv_path):
+def image_paths(rows, csv_path):
+    """Where the images of read_labels are: paths start at the csv's folder, \\ may stand for /."""
+    folder = Path(csv_path).parent
+    paths = [folder / path for path in rows.image_path]
+    slashed = [folder / path.replace("\\", "/") for path in rows.image_path]
+    return [a if a == b or a.exists() else b for a, b in zip(paths, slashed)]
+
+
+def write_labels(rows, csv_path, encoding="utf-8"):
     """Write a DataFrame so that read_labels finds the same strings again; whole or not at all."""
-    with whole_file(csv_path) as temporary:
-        rows.to_csv(temporary, index=False, quoting=1, lineterminator="\n")  # 1: quote all
+    with whole_file(csv_path) as temporary:  # 1: quote all
+        rows.to_csv(temporary, index=False, quoting=1, lineterminator="\n", encoding=encoding)
 
 
 def split_of(key, parts=20):

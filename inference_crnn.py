@@ -18,9 +18,10 @@ import math
 import os
 import sys
 import warnings
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -38,34 +39,40 @@ PRETRAINED = "ocr_crnn_model/pretrained.pth"  # the bundled weights, read with i
 DATA_CSV = "datasets/data.csv"  # its test rows are read when no paths are given
 NUM_SAMPLES = 20  # how many of them, evenly spread
 BATCH_SIZE = 48  # images per pass through the network
+ALLOWED = None  # "0123456789.,-": the only characters that can occur; None: all
+LEXICON = None  # "names.txt": the only texts that can occur, one per line; None: any
 MIN_CONFIDENCE = 0.5  # a reading below this is marked for a person to check
 PREDICTIONS_CSV = "predictions.csv"  # all readings
 PREDICTIONS_JSONL = None  # "predictions.jsonl": also a line per image with every character
 ONNX_PATH = None  # "crnn.onnx": also export the model (pip install onnx onnxscript)
 REPORT_DIR = "ocr_crnn_model/report"  # for index.html (labels) and check.html (none); None: neither
-NUM_THREADS = os.cpu_count() or 1  # that decode images
+NUM_THREADS = crnn.usable_cores()  # that decode images
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # where to read
 # --------------------------------------------------------------------------------------------------
 
 CHUNK = 1024  # images in memory at a time: 16 MB at 500 pixels of width
 CHECKED_AT_ONCE = 5_000  # images on one page to correct: about 10 MB
-COLUMNS = ["image_path", "label", "source", "prediction", "confidence"]  # of PREDICTIONS_CSV
-SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp", ".gif"}
+# Of PREDICTIONS_CSV; unrestricted is what was read without the lexicon, where there is one
+COLUMNS = ["image_path", "label", "source", "prediction", "confidence", "unrestricted"]
 TEMPLATES = Path(__file__).parent / "ocr_crnn_model"  # the pages, each with a CONTENT to replace
 
 
 def model_path():
-    """The checkpoint to read with: the user's own if there is one, else the bundled one."""
-    own = Path(MODEL_PATH).is_file() or not Path(PRETRAINED).is_file()
-    return MODEL_PATH if own else PRETRAINED
+    """The checkpoint to read with: the user's own if there is one, else the bundled one.
+
+    Both are looked for in the current folder and then beside this script.
+    """
+    here = Path(__file__).parent
+    places = [Path(MODEL_PATH), here / MODEL_PATH, Path(PRETRAINED), here / PRETRAINED]
+    return next(filter(Path.is_file, places), places[0])
 
 
 def describe_weights(facts):
     """Which weights read, how well they read their validation rows, and how to read with better."""
-    line = f"reading with {Path(model_path()).as_posix()}"
+    line = f"reading with {model_path().as_posix()}"
     if "val_exact" in facts:
         line += f" ({facts['val_exact']:.1%} of its validation rows read without error)"
-    if facts.get("init", "unknown") is None and Path(PRETRAINED).is_file():
+    if facts.get("init", "unknown") is None:
         line += "\nit was trained from nothing; to read with the bundled weights, set "
         line += f'MODEL_PATH = "{Path(PRETRAINED).as_posix()}"'
     return line
@@ -91,29 +98,53 @@ def export_onnx(path, model):
     print(f"exported to {path}")
 
 
-def recognize(images, model=None):
-    """Read paths, PIL images or arrays (H, W[, 3 or 4]), each an image of one line.
+def recognize(images, model=None, allowed=None, lexicon=None):
+    """Read one image of one line, or many: see crnn.load_image for what an image may be.
 
-    model: a checkpoint's path, or what crnn.load_checkpoint returned; None: model_path().
-    Returns a list of crnn.Reading (text, confidence, characters), None for an image that cannot be
-    read; the reason is printed to standard error. Raises InputError for a bad checkpoint.
+    model: what crnn.load_checkpoint returned or, slower for many calls, a path; None: model_path().
+    allowed, lexicon: see crnn.know; None: ALLOWED and LEXICON. Returns a list of crnn.Reading
+    (text, confidence, characters, unrestricted), None for an image that cannot be read; the reason
+    is printed to standard error. InputError: a bad checkpoint, or nothing allowed that it knows.
     """
+    if isinstance(images, (str, bytes, os.PathLike, Image.Image)) or hasattr(images, "read"):
+        images = [images]
+    elif len(shape := getattr(images, "shape", ())) == 2 or (len(shape) == 3 and shape[2] < 5):
+        images = [images]  # an array (H, W) or (H, W, 1, 3 or 4)
     if not isinstance(model, crnn.CRNN):
         model = load_checkpoint(model or model_path(), DEVICE)
-    return list(read_each(images, model))
+    known = crnn.know(model.charset, allowed or ALLOWED, lexicon or LEXICON)
+    images = list(images)
+    return list(read_each(images, model, [known] * len(images)))
 
 
-def read_each(images, model):
+def read_each(images, model, known):
     """Yield what recognize returns. Holds CHUNK images at a time, however many there are."""
     for start in range(0, len(images), CHUNK):
+        chunk, limits = images[start : start + CHUNK], known[start : start + CHUNK]
         with ThreadPoolExecutor(NUM_THREADS) as threads:  # Pillow works outside of Python's lock
-            loaded = list(threads.map(crnn.try_load, images[start : start + CHUNK]))
-        found = [image for image, _ in loaded if image is not None]
-        readings = iter(crnn.read_images(model, found, BATCH_SIZE))
-        for image, reason in loaded:
+            loaded = list(threads.map(crnn.try_load, chunk))
+        there = [i for i, (image, _) in enumerate(loaded) if image is not None]
+        readings = dict(zip(there, read_turned(model, chunk, loaded, limits, there)))
+        for i, (_, reason) in enumerate(loaded):
             if reason:
                 print(f"skipped: {reason}", file=sys.stderr, flush=True)
-            yield None if image is None else next(readings)
+            yield readings.get(i)
+
+
+def read_turned(model, sources, loaded, known, there):
+    """Readings of the images that are there; where one is tall and unsure, the surest of three.
+
+    It may be turned to either side. Three characters at least: a lone I would be a dash.
+    """
+    limits = [known[i] for i in there]
+    readings = crnn.read_images(model, [loaded[i][0] for i in there], BATCH_SIZE, limits)
+    for n, i in enumerate(there):
+        if loaded[i][0].shape[1] < crnn.HEIGHT / 2 and readings[n].confidence < crnn.SECOND_LOOK:
+            turned = [crnn.load_image(sources[i], turns) for turns in (1, 3)]
+            again = crnn.read_images(model, turned, 1, [known[i]] * 2)
+            longer = [reading for reading in again if len(reading.text) > 2]
+            readings[n] = max([readings[n], *longer], key=lambda reading: reading.confidence)
+    return readings
 
 
 # --------------------------------------------------------------------------------------------------
@@ -127,23 +158,34 @@ class Sample(NamedTuple):
     label: str = ""  # "" if unknown
     source: str = ""
     split: str = ""
+    allowed: str = ""  # "": ALLOWED
+    lexicon: str = ""  # "": LEXICON
 
 
 def list_csv(path):
-    """The Samples of a csv, whose image paths start at its own folder."""
+    """The Samples of a csv, whose paths, also of a column lexicon, start at its own folder."""
     rows = crnn.add_split(crnn.read_labels(path))
-    paths = [Path(path).parent / image_path for image_path in rows.image_path]
-    return list(map(Sample, paths, rows.label, rows.source, rows.split))
+    for column in {"allowed", "lexicon"} - set(rows):
+        rows[column] = ""
+    lexica = [name and Path(path).parent / name for name in rows.lexicon]
+    paths = crnn.image_paths(rows, path)
+    return list(map(Sample, paths, rows.label, rows.source, rows.split, rows.allowed, lexica))
 
 
 def list_samples(arguments):
     """A Sample for every image that the arguments name."""
+    registered = Image.registered_extensions().items()
+    suffixes = {suffix for suffix, kind in registered if kind in Image.OPEN}  # PDF is only written
     samples = []
     for path in map(Path, arguments):
         if path.is_dir():
-            inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES)
+            files = sorted(p for p in path.rglob("[!.]*") if p.is_file())  # a Mac hides ._ files
+            inside = [p for p in files if p.suffix.lower() in suffixes]
             if not inside:
-                raise InputError(f"{path} holds no images ({' '.join(sorted(SUFFIXES))})")
+                raise InputError(f"{path} holds no images: name a folder with some, or a csv")
+            if others := Counter(p.suffix.lower() or p.name for p in files if p not in inside):
+                names = " ".join(suffix for suffix, _ in others.most_common(9))
+                print(f"{path}: {others.total():,} files passed over that are no images: {names}")
             samples += map(Sample, inside)
         elif path.suffix.lower() == ".csv":
             samples += list_csv(path)
@@ -167,6 +209,8 @@ def show(sample, reading):
         print(f"Ground Truth: {sample.label}")
     sure = reading.confidence >= MIN_CONFIDENCE
     doubt = "" if sure else f", please check{list_alternatives(reading)}"
+    if reading.unrestricted not in (None, reading.text):
+        doubt += f"; without the lexicon {reading.unrestricted}"
     print(f"Predicted   : {reading.text}  (confidence {reading.confidence:.2f}{doubt})\n")
 
 
@@ -187,7 +231,7 @@ def to_json(row, characters):
 
 
 def read_all(samples, model):
-    """Read samples, show each, and write PREDICTIONS_CSV and PREDICTIONS_JSONL.
+    """Read samples, show each, and write PREDICTIONS_JSONL.
 
     Returns a DataFrame of what could be read: COLUMNS, and others, a list with the alternatives of
     each character of the prediction, such as ["1I", ""].
@@ -195,25 +239,39 @@ def read_all(samples, model):
     import pandas as pd  # here, so that recognize() from Python does not wait for it
 
     Path(PREDICTIONS_CSV).parent.mkdir(parents=True, exist_ok=True)  # fail now, not after reading
+    know = cache(partial(crnn.know, model.charset))  # the fields of a form are of few kinds
+    known = [know(s.allowed or ALLOWED, s.lexicon or LEXICON) for s in samples]
     rows = []
     target = whole_file(PREDICTIONS_JSONL) if PREDICTIONS_JSONL else nullcontext(os.devnull)
     with target as temporary, open(temporary, "w", encoding="utf-8", newline="\n") as lines:
-        readings = read_each([sample.path for sample in samples], model)
+        readings = read_each([sample.path for sample in samples], model, known)
         for sample, reading in zip(samples, readings):
             if reading is None:
                 continue
             show(sample, reading)
             names = [sample.path.as_posix(), sample.label, sample.source]
-            row = [*names, reading.text, reading.confidence]
+            row = [*names, reading.text, reading.confidence, reading.unrestricted or ""]
             if PREDICTIONS_JSONL:
                 lines.write(to_json(row, reading.characters))
             # Characters as such would take gigabytes for 100,000 images.
             others = ["".join(other for other, _ in c.alternatives) for c in reading.characters]
             rows.append([*row, others])
-    rows = pd.DataFrame(rows, columns=[*COLUMNS, "others"])
+    return pd.DataFrame(rows, columns=[*COLUMNS, "others"])
+
+
+def modified(path):
+    """When a file was last written, None if there is none."""
+    return os.stat(path).st_mtime_ns if os.path.exists(path) else None
+
+
+def write_predictions(rows, former):
+    """Write PREDICTIONS_CSV or, where another run has written it since former, one beside it."""
+    path = PREDICTIONS_CSV
+    if modified(path) != former:
+        path = next(name for name in numbered(path) if not os.path.exists(name))
     table = rows[COLUMNS].assign(confidence=rows.confidence.map("{:.4f}".format))
-    crnn.write_labels(table, PREDICTIONS_CSV)
-    return rows
+    crnn.write_labels(table, path, "utf-8-sig")  # or Excel shows é as Ã©
+    return path
 
 
 # --------------------------------------------------------------------------------------------------
@@ -374,12 +432,17 @@ def write_report(rows):
 
 def main(arguments=()):
     """Read what the arguments name, or some test rows. Returns the exit status."""
+    if {"-h", "--help"} & set(arguments):
+        print(__doc__)
+        return 0
+    former = modified(PREDICTIONS_CSV)
     model = load_checkpoint(model_path(), DEVICE)
     print(describe_weights(model.facts))
     if ONNX_PATH:
         export_onnx(ONNX_PATH, load_checkpoint(model_path()))
     samples = list_samples(arguments) if arguments else pick_test_rows()
     rows = read_all(samples, model)
+    path = write_predictions(rows, former)
     labelled, bare = rows[rows.label != ""], rows[rows.label == ""]
     if len(labelled):
         labelled = labelled.assign(source=labelled.source.replace("", "unnamed"))
@@ -392,7 +455,7 @@ def main(arguments=()):
     unsure, skipped = (rows.confidence < MIN_CONFIDENCE).sum(), len(samples) - len(rows)
     images = "1 image" if len(rows) == 1 else f"{len(rows):,} images"
     print(f"{images} read, {unsure:,} below MIN_CONFIDENCE = {MIN_CONFIDENCE}, {skipped:,} skipped")
-    print(f"readings: {PREDICTIONS_CSV}")
+    print(f"readings: {path}")
     return int(skipped > 0)
 
 

@@ -70,7 +70,7 @@ DATASETS_DIR = "datasets"  # for images, data.csv and preview.png; EMNIST files 
 
 # How
 SEED = 0  # another seed draws other images
-NUM_WORKERS = min(os.cpu_count() or 1, 61)  # processes that draw; Windows takes 61 at most
+NUM_WORKERS = min(crnn.usable_cores(), 61)  # processes that draw; Windows takes 61 at most
 DOWNLOAD_TIMEOUT = 20  # seconds without an answer after which a download is given up
 # --------------------------------------------------------------------------------------------------
 
@@ -203,6 +203,7 @@ RANDOM = {  # kinds of text besides the grammar's, each from the Words of a spli
     "mixed": lambda words: random_string(ALPHANUMERIC, 2, 7),
     "string": lambda words: random_string([c for c in CHARSET if c not in MATH_SIGNS + " "], 1, 12),
     "single": lambda words: single_character(),
+    "large": lambda words: choice(LARGE),
     "look_alikes": lambda words: random_string(choice([*read_grammar()["alike"], DIGITS]), 2, 6),
 }
 MIXES = {  # of the kinds of text, with their weights
@@ -217,7 +218,12 @@ MIXES = {  # of the kinds of text, with their weights
     "receipt": dict(amount=7, bill=7, firm=6, number=4, item=2, words=1),
     "sign": dict(sign=16, made_up=2, words=2, name=1, code=1),
     "label": dict(code=6, number=3, words=5, punctuated=1, single=1),
+    "letter": dict(large=1),
+    "cheque": dict(cheque=1),
+    "display": dict(display=1),
 }
+# What fills its image and still is nothing else: a small c would be taken for C, a comma for 1
+LARGE = UPPER.replace("O", "") + DIGITS[1:] + "abdefghilnqrt"
 STANDING_ALONE = {"code", "string", "mixed", "single", "look_alikes"}  # no word tells O from 0
 # Nobody can count joined underscores, or tell two apostrophes from a quotation mark.
 RUN_TOGETHER = re.compile(r"__|['\"`]{2}")
@@ -419,7 +425,8 @@ def pick_font(line):
     for font in find_fonts()[0]:
         if font.kind != line.source.kind or font.held_out != (line.split != "train"):
             continue
-        if needed - font.characters or (line.alone and needed & font.doubtful):
+        bar = line.label == "I" and "1" not in font.doubtful  # alone on a sign, a bar is an I
+        if needed - font.characters or (line.alone and needed & font.doubtful and not bar):
             continue  # where no word helps, no character may look like another
         families.setdefault(font.family, []).append(font)
         if line.style.fonts and re.search(line.style.fonts, os.path.basename(font.path)):
@@ -991,6 +998,11 @@ def vary_capitals(expression):
     )
 
 
+def vary_nines(amount):
+    """An amount with 9 as a g or q, as people on some continents write it."""
+    return re.sub("9", lambda _: choice("9999gq"), amount)
+
+
 def compose(text, hand):
     """Characters of a hand, and signs of anybody, set side by side as it would: ink (H, W)."""
     capital, baseline = hand.capital, 3 * hand.capital
@@ -1241,8 +1253,10 @@ def framed(ink, least=-0.04, most=0.15):
     """Cut out near the text or, below 0, a little into it; in heights of the text."""
     top, bottom, left, right = ink_box(ink, 0.15)
     line = bottom - top
-    if line < 0.4 * len(ink) or right - left < line / 3:  # a comma, a dash
+    if line < 0.4 * len(ink):  # a comma, a dash
         return ink
+    if right - left < line / 3:  # a single upright stroke would be cut away
+        least = max(0, least)
     top, left = (max(0, side - round(uniform(least, most) * line)) for side in (top, left))
     bottom, right = (side + 1 + round(uniform(least, most) * line) for side in (bottom, right))
     return ink[top:bottom, left:right]
@@ -1324,6 +1338,23 @@ def neighbours(ink, most=0.14, each=0.4, aside=False):
             other = np.roll(ink[bottom + 1 - part : bottom + 1], randint(0, ink.shape[1]), 1)
             ink = np.concatenate([np.maximum(ink[:part], other), ink[part:]])
     return np.ascontiguousarray(ink.T) if aside else ink
+
+
+@effect
+def secured(ink):
+    """On a cheque: fine waves, crossed in some, of a pale tone."""
+    (y, x), pitch = np.indices(ink.shape) / len(ink), uniform(0.06, 0.25)  # (H, W) each, heights
+    reach, length = uniform(0, 0.3), uniform(0.3, 3)
+    waves = [y + reach * np.sin(x / length), x + reach * np.sin(y / length)][: choice([1, 1, 2])]
+    far = np.min([np.abs(np.sin(np.pi * wave / pitch)) for wave in waves], axis=0)  # from a line
+    return np.maximum(ink, np.float32(uniform(0.1, 0.4) * (uniform(1, 4) - 5 * far).clip(0, 1)))
+
+
+@effect
+def specks(ink):
+    """Dirt on the glass of a copier."""
+    dots = np.float32(generator().random(ink.shape) < uniform(0, 0.002))
+    return np.maximum(ink, cv2.dilate(dots, np.ones((randint(1, 3), randint(1, 3)), np.uint8)))
 
 
 @effect
@@ -1456,10 +1487,12 @@ SIGN = dict(dark=(0, 120), light=(150, 255), grain=(0, 0, 3), light_on_dark=0.6,
 PRESS = bold(0, 0.06, share=0.4)
 HEATED = [starved(share=0.3), pressed(share=0.4), faded(2, 0.4, dead=0.15), coarse(15, 24)]
 COPY = [neighbours(), form_lines([1, 2], share=0.1), coarse(20, 48, black_and_white=0.6)]
-COPY += [blur(share=0.5), framed()]
+COPY += [specks(share=0.15), blur(share=0.5), framed()]
 SCAN = [PRESS, pressed(share=0.3), starved(share=0.2), faded(2, 0.4), room(0, 0.15), *COPY]
 BOARD = [PRESS, room(0.12), neighbours(0.06, 0.15, aside=True), lettered(), snapped()]
 BOARD += [framed(), busy()]
+
+CUT_OUT = [room(0.05, 0.2), neighbours(0.25, 0.4, aside=True)]  # of a word
 
 EVERYWHERE = {
     "form": Style(2.5, [room(), neighbours(), form_lines()], CLEAN),
@@ -1474,6 +1507,8 @@ STYLES = {
         "scanned": Style(4, [stretched(), *SCAN, clipped(share=0.2)], SLIP, "receipt"),
         "label": Style(2, [PRESS, room(), form_lines([4], share=0.35)], PLATE, "label"),
         "sign": Style(5, [stretched(), *BOARD], SIGN, "sign"),
+        "letter": Style(3, [bold(0, 0.1, share=0.5), *CUT_OUT, *BOARD], SIGN, "letter"),
+        "display": Style(1, [room(0, 0.3), blur(), snapped(share=0.5)], PLATE, "display", "dseg"),
     }
     | EVERYWHERE,
     HANDWRITTEN: {
@@ -1483,6 +1518,7 @@ STYLES = {
         "marker": Style(1.5, [bold(), blur(), faded()]),
         "ruled": Style(3, [room(), ruled()], LIGHT),
         "copied": Style(3, [PRESS, *COPY], CLEAN),
+        "cheque": Style(2.5, [PRESS, room(), secured(share=0.8), blur(share=0.5)], CLEAN, "cheque"),
     }
     | EVERYWHERE,
 }
@@ -1530,6 +1566,7 @@ class Line(NamedTuple):
     split: str
     source: Source
     style: Style
+    texts: str  # the mix that the label is of
 
 
 def sample(source, index):
@@ -1548,9 +1585,10 @@ def sample(source, index):
         label, alone = pick_text(MIXES[texts], split)
         if not acceptable(label):
             continue
-        if alone and len(label) < 3 and "framed" in [step.__name__ for step in style.effects]:
+        framed_close = "framed" in [step.__name__ for step in style.effects]
+        if framed_close and alone and len(label) < 3 and not set(label) <= set(LARGE):
             continue  # cut close to the ink, c may be C
-        line = Line(label, alone, split, row, style)
+        line = Line(label, alone, split, row, style, texts)
         tool = row.pick(line)  # a Font or a Hand
         image = None if tool is None else draw(line, tool)
         if image is not None and is_readable(image, label):
@@ -1570,7 +1608,8 @@ def is_readable(image, label):
 def draw(line, tool):
     """A Line by a Font or a Hand, from pen to tones: an image, uint8 (H, W), or None."""
     label, source, style = line.label, line.source, line.style
-    text = vary_capitals(label) if source.pen is compose and source.texts == "math" else label
+    vary = {"math": vary_capitals, "cheque": vary_nines}.get(line.texts, str)
+    text = vary(label) if source.pen is compose else label
     # One by one, as into the boxes of a form, or as a whole: ink (h, w) each
     inks = [source.cell_pen(c, tool) for c in label] if style.cells else [source.pen(text, tool)]
     if any(ink is None for ink in inks):

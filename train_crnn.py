@@ -22,6 +22,7 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 from tqdm.contrib.concurrent import thread_map
 
 import crnn
@@ -32,6 +33,7 @@ from crnn import BLANK, CRNN, InputError, rank, whole_file, world_size
 DATA_CSV = "datasets/data.csv"  # image_path,label and perhaps source,split; paths from its folder
 MODEL_PATH = "ocr_crnn_model/crnn.pth"  # the best epoch; the state to resume from is beside it
 INIT_WEIGHTS = None  # None: from nothing; "ocr_crnn_model/pretrained.pth": fine-tune these weights
+GROW = {}  # of INIT_WEIGHTS, such as dict(row_blocks=(1, 2)): new blocks change nothing at first
 RESUME = False  # continue after the last complete epoch, with the same data and constants
 MIN_CHARACTER_ROWS = 3  # a character in fewer training labels is treated as a typo
 
@@ -40,6 +42,7 @@ FROM_NOTHING = dict(
     channels=(32, 64, 96, 192),  # of the CNN's stages; the last is the number of features per frame
     hidden=192,  # LSTM units in each direction
     blocks=0,  # residual convolutions on the features
+    row_blocks=(0, 0),  # and before that, where 8 and 4 rows are left
     matrix_learning_rate=1e-2,  # of Muon, for the matrices of the convolutions and the LSTM
     learning_rate=3e-3,  # of AdamW, for all other weights
     shortcut_weight=0.1,  # of a second CTC loss, on the CNN's features; its head is not kept
@@ -53,13 +56,14 @@ MIN_STEPS = 1_500  # batches; with few images there are more epochs, until there
 BATCH_SIZE = 32  # images of one padded width in a step, over all processes together
 WARM_UP = 0.1  # share of training in which the learning rates rise to their peak
 WEIGHT_DECAY = 1e-2  # of AdamW
+AVERAGE = 0.1  # share of the steps so far, the last ones, that the saved weights are a mean of
 DROPOUT = 0.0  # share of the features and of the LSTM's output that is zeroed
 AUGMENT = 1.0  # strength of the random changes to the training images; 0: none
 BLANKS = 0.01  # share of training images that are replaced by empty paper, labelled ""
 
 # How
 SEED = 0  # the same seed, data and machine give the same weights
-NUM_THREADS = os.cpu_count() or 1  # that decode images at the start
+NUM_THREADS = crnn.usable_cores()  # that decode images at the start
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # under torchrun, a GPU for each process
 PRECISION = None  # "bfloat16", "float16", "float32"; None: bfloat16 where the hardware has it
 # --------------------------------------------------------------------------------------------------
@@ -80,10 +84,6 @@ def recipe():
 def read_rows(known):
     """All rows of DATA_CSV, and the Charset of the known characters and those of their labels."""
     rows = crnn.add_split(crnn.read_labels(DATA_CSV))
-    spaced = rows.label != rows.label.str.strip(" ")
-    if spaced.any():
-        rows["label"] = rows.label.str.strip(" ")
-        print(f"stripped spaces from the ends of {spaced.sum():,} labels: no image shows them")
     unknown_splits = sorted(set(rows.split) - {"train", "val", "test"})
     if unknown_splits:
         raise InputError(f"{DATA_CSV} has the split {unknown_splits[0]!r}: use train, val or test")
@@ -133,7 +133,7 @@ def load_rows(rows, charset):
 
     The latter two are DataFrames with a column image, uint8 (HEIGHT, W).
     """
-    paths = [Path(DATA_CSV).parent / path for path in rows.image_path]
+    paths = crnn.image_paths(rows, DATA_CSV)
     bar = dict(desc="reading images", unit="img", disable=rank() > 0 or None)
     loaded = thread_map(crnn.try_load, paths, max_workers=NUM_THREADS, **bar)
     reasons = [
@@ -256,13 +256,16 @@ def wear(ink, strength):
     return ink * (1 + 0.15 * spread(n, strength, ink)) + noise
 
 
-def rule(like):
-    """A nearly level line from side to side for each of (N, 1, H, W), as ink of the same shape."""
+def rule(like, lowest=1.0):
+    """A nearly level line from side to side for each of (N, 1, H, W), as ink of the same shape.
+
+    lowest: the part of the height, from the top, that it is in.
+    """
     n, _, height, width = like.shape
     place, tilt, tone = torch.rand(3, n, 1, 1, 1, device=like.device)
     rows = torch.arange(height, device=like.device)[:, None]  # (H, 1)
     across = torch.linspace(-1, 1, width, device=like.device)  # (W,)
-    distance = (rows - place * height - (tilt - 0.5) * 4 * across).abs()  # (N, 1, H, W)
+    distance = (rows - place * lowest * height - (tilt - 0.5) * 4 * across).abs()  # (N, 1, H, W)
     return (1.2 - distance).clamp(0, 1) * tone
 
 
@@ -277,6 +280,10 @@ def draw_empty_paper(like):
     ink = ink - ink.amin((2, 3), keepdim=True)
     if width > 2 * height:
         ink = torch.maximum(ink, rule(ink) * choose(n, 0.25, ink))
+    boxed = choose(n, 0.4, ink)
+    for side in range(4):  # some edges of a form's box
+        edge = rule(ink.rot90(side, (2, 3)), lowest=0.15).rot90(-side, (2, 3))  # (N, 1, H, W)
+        ink = torch.maximum(ink, edge * boxed * choose(n, 0.7, ink))
     # Stretched and, if mostly dark, inverted, as load_image does it
     ink = ink / ink.amax((2, 3), keepdim=True).clamp(min=crnn.MIN_TONES / 255)
     return torch.where(ink.mean((2, 3), keepdim=True) > 0.5, 1 - ink, ink)
@@ -379,18 +386,23 @@ class WithShortcut(nn.Module):
 def make_model(charset):
     """The network to train: a new one, or that of INIT_WEIGHTS with its weights by character."""
     if not INIT_WEIGHTS:
-        sizes = {name: recipe()[name] for name in ("channels", "hidden", "blocks")}
+        sizes = {name: recipe()[name] for name in ("channels", "hidden", "blocks", "row_blocks")}
         return CRNN(charset, dropout=DROPOUT, **sizes)
-    start = crnn.load_checkpoint(INIT_WEIGHTS, learn=True)
-    model = CRNN(charset, dropout=DROPOUT, **start.architecture)
-    weights, known = start.float().state_dict(), start.charset.index
-    for name in ("linear.weight", "linear.bias"):
-        rows = model.state_dict()[name].clone()  # (C,) or (C, D), of this charset
-        rows[BLANK] = weights[name][BLANK]
-        for c in filter(known.get, charset.characters):
-            rows[charset.index[c]] = weights[name][known[c]]
-        weights[name] = rows
-    model.load_state_dict(weights)
+    start = crnn.load_checkpoint(INIT_WEIGHTS, learn=True).float()
+    model = CRNN(charset, dropout=DROPOUT, **(start.architecture | GROW))
+    model.lstm.load_state_dict(start.lstm.state_dict())
+    layers, known = [layer.state_dict() for layer in start.cnn], start.charset.index
+    for layer in model.cnn:  # those that the start has, in order: a new block fits none of them
+        shapes = {name: tensor.shape for name, tensor in layer.state_dict().items()}
+        if layers and shapes == {name: tensor.shape for name, tensor in layers[0].items()}:
+            layer.load_state_dict(layers.pop(0))
+    if layers:
+        raise InputError(f"GROW = {GROW} does not hold the network of {INIT_WEIGHTS}: add blocks")
+    with torch.no_grad():
+        for new, old in zip(model.linear.parameters(), start.linear.parameters()):
+            new[BLANK] = old[BLANK]  # (C,) or (C, D), of both charsets
+            for c in filter(known.get, charset.characters):
+                new[charset.index[c]] = old[known[c]]
     new = [crnn.describe(c) for c in charset.characters if c not in known]
     print(f"starting from {INIT_WEIGHTS}; characters new to it: {' '.join(new) or 'none'}")
     return model
@@ -405,6 +417,19 @@ def freeze_norms(net, epoch, epochs):
         for layer in net.modules():
             if isinstance(layer, nn.BatchNorm2d):
                 layer.eval()
+
+
+def average_in(means, weights, steps):
+    """Move means of weights towards them: mostly of the last AVERAGE of the steps so far.
+
+    Polynomial decay of Shamir and Zhang 2013 (arXiv:1212.1824). Buffers come along, so that batch
+    norm fits the mean.
+    """
+    for mean, weight in zip(means, weights):
+        if mean.is_floating_point():
+            mean.lerp_(weight, 1 / (1 + AVERAGE * float(steps)))
+        else:  # how many batches a norm has seen
+            mean.copy_(weight)
 
 
 def train_step(net, parts, images, targets, lengths):
@@ -450,6 +475,7 @@ def train_epoch(net, parts, buckets, epoch, epochs):
             losses.append(train_step(net, parts, *(tensor[indices] for tensor in bucket)))
             parts["muon schedule"].step()
             parts["adamw schedule"].step()
+            parts["average"].update_parameters(getattr(net, "module", net).crnn)
             bar.update(len(indices))
     losses = torch.stack(losses).tolist()
     if not np.isfinite(losses).all():
@@ -565,9 +591,10 @@ def write_history(history, curves):
 
 def end_epoch(state, net, parts, losses, started, val, rows, epochs):
     """Read the val rows, print how the epoch went, and save what is worth keeping."""
+    model = parts["average"].module
     epoch, count = state["epoch"] + 1, int((rows.split == "train").sum())
     speed = count / (time.perf_counter() - started)
-    seen = read(net.crnn, val)
+    seen = read(model, val)
     table = crnn.score_table(seen)
     exact, cer = table.iloc[-1][["exact", "CER"]].tolist()
     state["epoch"], state["seconds"] = epoch, state["seconds"] + time.perf_counter() - started
@@ -586,7 +613,7 @@ def end_epoch(state, net, parts, losses, started, val, rows, epochs):
     for measure in ("exact", "CER"):
         facts |= {f"{measure} {source}": float(v) for source, v in table[measure].items()}
     state["history"].append(facts)
-    save_if_best(state, net.crnn, exact, cer, rows)
+    save_if_best(state, model, exact, cer, rows)
     saved = {name: part.state_dict() for name, part in parts.items()}
     crnn.save_tensors(resume_path(), dict(state, net=net.state_dict(), **saved))
     write_history(state["history"], curves=shown)
@@ -640,6 +667,7 @@ def main():
 
     net = WithShortcut(make_model(charset)).to(device)
     parts = make_optimizers(net, epochs * number)
+    parts["average"] = AveragedModel(net.crnn, multi_avg_fn=average_in, use_buffers=True)
     weights = f"{sum(p.numel() for p in net.crnn.parameters()):,} weights"
     dtype = crnn.compute_dtype(device.type, PRECISION)
     print(f"{weights}, {epochs} epochs of {number:,} batches on {device} in {dtype}")

@@ -23,6 +23,12 @@ os.environ.update(http_proxy="http://127.0.0.1:9", https_proxy="http://127.0.0.1
 os.environ["no_proxy"] = "127.0.0.1"  # but for the servers that tests of downloads start
 
 
+@pytest.fixture(autouse=True)
+def no_arguments(monkeypatch):
+    """As if a script had been started with none, and not pytest with its own."""
+    monkeypatch.setattr(sys, "argv", ["script.py"])
+
+
 def line_image(text, size=24, margin=4):
     """An image of text, black on white, mode L."""
     font = ImageFont.truetype(FONT, size)
@@ -120,12 +126,14 @@ SHIPPED = dict(
     ),
     train_crnn=dict(
         INIT_WEIGHTS=None,
+        GROW={},
         RESUME=False,
         MIN_CHARACTER_ROWS=1,
         FROM_NOTHING=dict(
             channels=(8, 16, 24, 32),
             hidden=32,
             blocks=0,
+            row_blocks=(0, 0),
             matrix_learning_rate=1e-2,
             learning_rate=3e-3,
             shortcut_weight=0.1,
@@ -138,6 +146,7 @@ SHIPPED = dict(
         MIN_STEPS=0,
         BATCH_SIZE=32,
         WARM_UP=0.1,
+        AVERAGE=0.1,
         WEIGHT_DECAY=1e-2,
         DROPOUT=0.0,
         AUGMENT=1.0,
@@ -150,6 +159,8 @@ SHIPPED = dict(
     inference_crnn=dict(
         NUM_SAMPLES=20,
         BATCH_SIZE=48,
+        ALLOWED=None,
+        LEXICON=None,
         MIN_CONFIDENCE=0.5,
         PREDICTIONS_JSONL=None,
         ONNX_PATH=None,

@@ -81,6 +81,14 @@ def test_what_the_user_can_mend_ends_in_one_line(error, line):
     assert re.fullmatch(line, end.value.code)  # where . is no line break
 
 
+def test_a_script_takes_no_arguments_unless_it_says_so(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["train_crnn.py", "mine.csv"])
+    with pytest.raises(SystemExit) as end:
+        crnn.run(lambda: pytest.fail("it ran"))
+    assert end.value.code == 2
+    assert "takes no arguments: edit the constants" in capsys.readouterr().err
+
+
 def test_another_value_error_comes_through_as_itself():
     error = ValueError("a mistake of ours")
     with pytest.raises(ValueError) as raised:
@@ -173,14 +181,32 @@ def test_exif_rotation_is_undone(tmp_path):
     assert torch.equal(load_image(tmp_path / "turned.png"), lines("R7")[0])
 
 
-@pytest.mark.parametrize("kind", ["uint8", "float64", "float32", "bool", "colour"])
-def test_arrays_are_images(kind):
-    grey = np.asarray(line_image("R7"))
-    arrays = dict(uint8=grey, float64=grey / 255, float32=grey.astype(np.float32) / 255)
-    arrays |= dict(bool=grey > 128, colour=np.repeat(grey[..., None], 3, 2))
-    image, reason = crnn.try_load(arrays[kind])
+KINDS = "uint8 int64 float64 float32 to_255 bool colour one_channel bytes stream".split()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_other_programs_hand_over_is_an_image(kind):
+    grey, file = np.asarray(line_image("R7")), io.BytesIO()
+    line_image("R7").save(file, "PNG")
+    images = dict(uint8=grey, float64=grey / 255, float32=grey.astype(np.float32) / 255)
+    images |= dict(int64=grey.astype(np.int64), to_255=grey.astype(np.float32))
+    images |= dict(bool=grey > 128, colour=np.repeat(grey[..., None], 3, 2))
+    images |= dict(one_channel=grey[..., None], bytes=file.getvalue(), stream=file)
+    image, reason = crnn.try_load(images[kind])
     assert distance(image) < 12
     assert reason is None
+
+
+def test_a_stray_pixel_is_no_range_of_tones():
+    tones = np.asarray(line_image("R7")).astype(np.uint16) + 1000
+    tones[3, 3] = 65_000
+    assert distance(load_image(Image.fromarray(tones))) < 12
+
+
+def test_of_several_pages_the_first_is_read_and_a_line_says_so(tmp_path, capsys):
+    line_image("R7").save(tmp_path / "a.tif", save_all=True, append_images=[line_image("other")])
+    assert distance(load_image(tmp_path / "a.tif")) < 2
+    assert "a.tif has 2 pages: the first is read" in capsys.readouterr().err
 
 
 def test_odd_sizes_keep_their_aspect():
@@ -319,7 +345,7 @@ def test_confidence_is_the_probability_of_the_text():
     assert reading.text == "a"
     assert reading.confidence == pytest.approx(0.7 * 0.6 + 0.7 * 0.4 + 0.3 * 0.6)  # aa, a-, -a
     assert reading.characters == [("a", pytest.approx(0.7), 0, 1, [])]
-    assert empty == ("", pytest.approx(0.7 * 0.6), [])
+    assert empty == ("", pytest.approx(0.7 * 0.6), [], None)
 
 
 def test_a_reading_tells_where_characters_stand_and_what_else_they_could_be():
@@ -392,7 +418,8 @@ def test_unsure_readings_get_a_second_look_and_the_surest_counts(shipped):
     bold = np.full((60, 46), 255, np.uint8)
     bold[:, :18] = bold[:24, 18:] = bold[36:, 18:] = 0
     images = [load_image(bold), load_image(small_line((200, 100), "Rg 7", (60, 40)))]
-    first, last = crnn.read_once(shipped, images, 8), read_images(shipped, images, 8)
+    first = crnn.read_once(shipped, images, 8, [crnn.know(shipped.charset)] * 2)
+    last = read_images(shipped, images, 8)
     raw = [crnn.calibrated(reading.confidence, shipped.calibration) for reading in first]
     assert all(r.confidence >= before for r, before in zip(last, raw))
     assert last[1].text == "Rg 7"
@@ -418,6 +445,66 @@ def test_the_shipped_weights_read_what_they_always_read(shipped, monkeypatch):
     same = [reading.text == text for reading, text in zip(readings, rows.prediction)]
     assert len(same) == 120
     assert sum(same) >= 118
+
+
+# ---- what the user knows
+
+
+def test_only_what_is_allowed_is_read(shipped):
+    (image,) = lines("I0 S5")
+    known = crnn.know(shipped.charset, "0123456789")
+    (reading,) = read_images(shipped, [image], 1, [known])
+    assert reading.text.isdigit() and reading.text.endswith("5")
+    others = {c for character in reading.characters for c, _ in character.alternatives}
+    assert others <= set("0123456789")
+    with pytest.raises(InputError, match=r"ALLOWED has 'é' \(U\+00E9\)"):
+        crnn.know(shipped.charset, "0é")
+
+
+def test_a_lexicon_is_read_by_and_what_it_lacks_is_doubted(shipped, tmp_path, capsys):
+    images = lines("Serial", "Abbott", "Total")
+    (tmp_path / "texts.txt").write_text(
+        "Seria1\n\nAbbot\nTotal \nSérial\nOther\n", encoding="utf-8"
+    )
+    known = crnn.know(shipped.charset, lexicon=tmp_path / "texts.txt")
+    assert "LEXICON: 'Sérial' is left out, it has 'é'" in capsys.readouterr().err
+    assert known.lexicon == ("Seria1", "Abbot", "Total", "Other")
+    readings = read_images(shipped, images, 3, [known] * 3)
+    assert [r.text for r in readings] == ["Seria1", "Abbot", "Total"]
+    assert [r.unrestricted for r in readings] == ["Serial", "Abbott", "Total"]
+    assert readings[2].confidence > 0.9
+    assert [c.character for c in readings[1].characters] == list("Abbot")
+    edges = [edge for c in readings[1].characters for edge in (c.left, c.right)]
+    assert edges == sorted(edges)
+    (unlike,) = read_images(shipped, images[:1], 1, [crnn.know(shipped.charset, None, ["Other"])])
+    assert (unlike.text, unlike.confidence < 0.5) == ("Other", True)
+    digits = crnn.know(shipped.charset, "0123456789", ["12", "1a"])  # both at once
+    assert digits.lexicon == ("12",)
+    with pytest.raises(InputError, match="no text that can be read"):
+        crnn.know(shipped.charset, None, ["é"])
+    with pytest.raises(InputError, match="missing.txt is not a text file"):
+        crnn.know(shipped.charset, None, tmp_path / "missing.txt")
+
+
+@pytest.mark.parametrize("path, target", [("-a-bb", "ab"), ("aa-ab", "aab"), ("b----", "b")])
+def test_a_text_is_aligned_with_the_frames_it_stands_in(path, target):
+    probabilities = torch.full((5, 3), 0.01)  # (T, C): blank, a, b
+    for frame, c in enumerate(path):
+        probabilities[frame, "-ab".index(c)] = 0.98 + frame / 1000
+    frames = crnn.align(probabilities.log(), ["-ab".index(c) for c in target])
+    assert [path[frame] for frame in frames] == list(target)
+    assert frames == sorted(set(frames))
+
+
+def test_lines_and_columns_that_read_as_nothing_are_doubted():
+    page = Image.new("L", (300, 90), 255)
+    for y in (0, 30, 60):
+        page.paste(line_image("several lines of it", size=18), (5, y))
+    box = np.full((40, 80), 255, np.uint8)
+    box[[2, 37]] = box[:, [2, 77]] = 0
+    assert crnn.looks_written(load_image(page))
+    assert not crnn.looks_written(load_image(box))
+    assert not crnn.looks_written(load_image(Image.new("L", (60, 40), 255)))
 
 
 # ---- files
@@ -456,7 +543,7 @@ class Malicious:  # it makes a folder where it is unpickled
         return os.mkdir, ("trap",)
 
 
-AWKWARD = ["NA", "null", "None", "nan", "007", "1e5", '"', ",", "'", '""', "a,b", " a", "#", "-"]
+AWKWARD = ["NA", "null", "None", "nan", "007", "1e5", '"', ",", "'", '""', "a,b", "a  b", "#", "-"]
 AWKWARD += ["=1+1", "\\", "True", "≤", "1.0"]
 HALF = (ROOT / "tests" / "foreign" / "0000.png").read_bytes()[:300]
 WIDE = b"P5 9000 2 255 " + b"\xff" * 18_000
@@ -481,6 +568,7 @@ UNUSABLE = {  # what reads it, its content, and what the error is to say
     "csv without rows": (read_labels, b"image_path,label\n", "no rows"),
     "csv without labels": (read_labels, b"image_path,text\na,b\n", "no column label"),
     "malformed csv": (read_labels, b'image_path,label\na,b,c,d\n1,2\n"', "cannot be read"),
+    "open quotation mark": (read_labels, b'image_path,label\na,"b\nc,d\n"', "row 1: .*quotation"),
     "not UTF-8": (read_labels, b"image_path,label\na.png,\xff\xfe\n", "cannot be read"),
 }
 
@@ -516,6 +604,18 @@ def test_awkward_labels_survive(tmp_path):
     rows = pd.DataFrame(dict(image_path="a.png", label=AWKWARD, source="x", split="train"))
     crnn.write_labels(rows, tmp_path / "data.csv")
     assert read_labels(tmp_path / "data.csv").to_dict("list") == rows.to_dict("list")
+
+
+def test_labels_are_spelt_in_one_way_and_backslashes_lead_to_images(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "b.png").touch()
+    rows = pd.DataFrame(
+        dict(image_path=["a\\b.png", "a/b.png"], label=["cafe\u0301 ", " a\u00a0b"])
+    )
+    crnn.write_labels(rows, tmp_path / "own.csv", "utf-8-sig")
+    rows = read_labels(tmp_path / "own.csv")
+    assert list(rows.label) == ["café", "a b"]
+    assert crnn.image_paths(rows, tmp_path / "own.csv") == [tmp_path / "a" / "b.png"] * 2
 
 
 def test_a_label_is_in_one_split_unless_it_must_be_learned():

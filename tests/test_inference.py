@@ -1,6 +1,8 @@
 """Reading: from Python, from the command line, and the three scripts in sequence."""
 
 import json
+import multiprocessing
+import os
 import re
 import runpy
 import shutil
@@ -54,6 +56,10 @@ def test_recognize_takes_paths_images_and_arrays(infer, checkpoint, line, tmp_pa
     for model in (load_checkpoint(checkpoint), str(checkpoint), None):
         assert infer.recognize([line], model)[0].text == same[0].text
     assert infer.recognize([], checkpoint) == []
+    for single in (line, image, np.asarray(image), np.stack([image] * 3, 2)):  # no list
+        assert [reading.text for reading in infer.recognize(single)] == [same[0].text]
+    assert len(infer.recognize(np.stack([image] * 6))) == 6
+    assert infer.recognize(iter([line]), lexicon=["x"])[0].text == "x"
 
 
 def test_reads_images_folders_and_csv(infer, line, tmp_path, capsys):
@@ -62,7 +68,7 @@ def test_reads_images_folders_and_csv(infer, line, tmp_path, capsys):
     line_image("single").save(tmp_path / "single.PNG")
     assert infer.main([str(tmp_path / "single.PNG"), str(folder), str(path)]) == 0
     output, rows = capsys.readouterr().out, predictions(infer)
-    assert list(rows) == ["image_path", "label", "source", "prediction", "confidence"]
+    assert list(rows) == infer.COLUMNS
     assert list(rows.label) == [""] * 5 + labels
     assert list(rows.source) == [""] * 5 + ["custom"] * 4
     assert re.search(r"^custom +4 ", output, re.M)  # scored by source
@@ -135,6 +141,90 @@ def test_unreadable_images_are_reported_and_the_rest_is_read(infer, checkpoint, 
         assert name in captured.err
     assert infer.main([str(tmp_path / "missing.png")]) == 1  # nothing that can be read
     assert len(predictions(infer)) == 0
+
+
+def test_a_forked_child_reads_what_its_parent_has_loaded(infer, checkpoint, line):
+    """torch's threads stay behind in the parent: a child that used them would wait for ever."""
+    if not hasattr(os, "fork"):
+        pytest.skip("no fork here")
+    model, number = load_checkpoint(checkpoint), torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        (before,) = infer.recognize([line], model)
+        with multiprocessing.get_context("fork").Pool(1) as pool:
+            (reading,) = pool.apply_async(infer.recognize, ([line], model)).get(timeout=60)
+    finally:
+        torch.set_num_threads(number)  # or the next tests have as many
+    assert reading.text == before.text
+
+
+def test_a_form_has_fields_of_several_kinds(infer, checkpoint, tmp_path):
+    (tmp_path / "names.txt").write_text("Rg7\nOther\n")
+    columns = dict(allowed=["0123456789", "", ""], lexicon=["", "names.txt", ""])
+    path = write_csv(tmp_path, ["R7", "Rg7", "R7"], name="form.csv", **columns)
+    infer.set(ALLOWED="R7gOthe")
+    infer.main([str(path)])
+    rows = predictions(infer)
+    assert set(rows.prediction[0]) <= set("0123456789")
+    assert rows.prediction[1] == "" or rows.prediction[1] in ("Rg7", "Other")
+    assert set(rows.prediction[2]) <= set("R7gOthe")
+
+
+def test_a_quarter_turn_is_read(infer, tmp_path):
+    shutil.copy(ROOT / "ocr_crnn_model" / "pretrained.pth", tmp_path)
+    turned = [
+        line_image("R7-4052").rotate(angle, expand=True, fillcolor=255) for angle in (90, 270)
+    ]
+    readings = infer.recognize(turned, tmp_path / "pretrained.pth")
+    assert [reading.text for reading in readings] == ["R7-4052"] * 2
+
+
+def test_a_folder_says_what_it_passes_over(infer, line, tmp_path, capsys):
+    folder = tmp_path / "scans"
+    folder.mkdir()
+    for name in ("a.jfif", "b.pgm"):
+        line_image("Rg7").save(folder / name, "JPEG" if "j" in name else None)
+    for name in ("._a.jfif", "c.pdf", "d.pdf", "notes.txt"):
+        (folder / name).touch()
+    assert infer.main([str(folder)]) == 0
+    assert "3 files passed over that are no images: .pdf .txt" in capsys.readouterr().out
+    assert len(predictions(infer)) == 2
+
+
+def test_a_name_that_is_not_utf8_is_skipped(infer, line, tmp_path, capsys):
+    try:
+        shutil.copy(line, os.fsencode(tmp_path) + b"/caf\xe9.png")
+    except OSError:
+        pytest.skip("this file system takes UTF-8 only")
+    assert infer.main([str(tmp_path)]) == 1
+    assert "caf\\udce9.png: a name that is not UTF-8" in capsys.readouterr().err
+    assert len(predictions(infer)) == 1
+
+
+def test_two_runs_at_once_lose_nothing(infer, line, tmp_path, monkeypatch):
+    other = tmp_path / "predictions_2.csv"
+    read_all = infer.read_all
+
+    def meanwhile(samples, model):
+        Path(infer.PREDICTIONS_CSV).write_text("of another run")
+        return read_all(samples, model)
+
+    infer.set(read_all=meanwhile)
+    infer.main([line])
+    assert Path(infer.PREDICTIONS_CSV).read_text() == "of another run"
+    assert len(crnn.read_labels(other)) == 1
+
+
+def test_weights_are_found_beside_the_script(infer, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    infer.set(MODEL_PATH="no.pth", PRETRAINED="ocr_crnn_model/pretrained.pth")
+    assert infer.model_path() == ROOT / "ocr_crnn_model" / "pretrained.pth"
+    assert infer.recognize(line_image("R7"))[0].text == "R7"
+
+
+def test_help_is_the_docstring(infer, capsys):
+    assert infer.main(["--help"]) == 0
+    assert capsys.readouterr().out.strip() == infer.module.__doc__.strip()
 
 
 # ---- results

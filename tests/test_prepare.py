@@ -78,7 +78,8 @@ def fonts_by_name(prepare):
 
 def make_line(prepare, label, split="train", alone=False, source="trdg_custom"):
     source = prepare.SOURCES[source]
-    return prepare.Line(label, alone, split, source, prepare.STYLES[source.kind]["plain"])
+    style = prepare.STYLES[source.kind]["plain"]
+    return prepare.Line(label, alone, split, source, style, source.texts)
 
 
 def pick_font(prepare, label, split, **line):

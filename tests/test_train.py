@@ -240,14 +240,6 @@ def test_without_val_rows_training_rows_stand_in(train, capsys):
     assert "no val rows" in capsys.readouterr().out
 
 
-def test_spaces_at_the_ends_of_labels_are_not_learned(train, capsys):
-    write_csv(Path(train.DATA_CSV).parent, [" cat", "a dog ", "up"], split="train")
-    rows, charset = train.read_rows("")
-    assert list(rows.label) == ["cat", "a dog", "up"]
-    assert " " in charset.characters
-    assert "2 labels" in capsys.readouterr().out
-
-
 def test_few_labels_with_many_images_are_all_trained_on(train, capsys):
     path = write_csv(Path(train.DATA_CSV).parent, ["on", "no", "YES", "NO"] * 20)
     buckets, _, _ = train.load_rows(*train.read_rows(""))
@@ -393,6 +385,7 @@ def test_starts_from_other_weights_by_character(tiny, trained, capsys):
 
 
 def test_fine_tuning_keeps_the_size_and_the_averages(tiny, trained, capsys):
+    before = trained / "crnn.pth"
     tiny.set(INIT_WEIGHTS=str(trained / "crnn.pth"))
     tiny.set(FROM_NOTHING=dict(tiny.FROM_NOTHING, hidden=16))
     tiny.main()
@@ -400,11 +393,37 @@ def test_fine_tuning_keeps_the_size_and_the_averages(tiny, trained, capsys):
     tuned = load_checkpoint(tiny.MODEL_PATH)
     assert tuned.architecture["hidden"] == 32
     assert tuned.facts["init"] == str(trained / "crnn.pth")
-    after = resume_state(folder_of(tiny))["net"]
-    changed = differing(after, resume_state(trained)["net"] | {"shortcut": None})
-    assert "crnn.cnn.0.1.weight" in changed
-    assert "crnn.cnn.0.1.running_mean" not in changed
-    assert not [name for name in after if "shortcut" in name]
+    states = [load_checkpoint(path, learn=True).state_dict() for path in (tiny.MODEL_PATH, before)]
+    changed = differing(*states)
+    assert "cnn.0.1.weight" in changed
+    assert "cnn.0.1.running_mean" not in changed
+    assert not [name for name in resume_state(folder_of(tiny))["net"] if "shortcut" in name]
+
+
+def test_fine_tuning_can_grow_the_network(tiny, trained):
+    """New blocks change nothing at first: the starting weights go on learning with them."""
+    tiny.set(INIT_WEIGHTS=str(trained / "crnn.pth"), GROW=dict(row_blocks=(1, 2), blocks=1))
+    start = load_checkpoint(tiny.INIT_WEIGHTS, learn=True).eval()
+    grown = tiny.make_model(start.charset).eval()
+    assert len(grown.cnn) == len(start.cnn) + 4
+    ink = torch.rand(2, 1, crnn.HEIGHT, 60)
+    assert torch.equal(grown(ink), start(ink))
+    crnn.save_checkpoint(trained / "grown.pth", grown)
+    tiny.set(INIT_WEIGHTS=str(trained / "grown.pth"), GROW=dict(blocks=0))
+    with pytest.raises(InputError, match="does not hold the network"):
+        tiny.make_model(start.charset)
+
+
+def test_the_saved_weights_are_a_mean_of_the_last_steps(train):
+    train.set(AVERAGE=0.5)
+    mean, counts = [torch.zeros(1), torch.zeros(1, dtype=torch.long)], torch.tensor(7)
+    for step in range(400):
+        train.average_in(mean, [torch.tensor([float(step)]), counts], step)
+    assert 250 < float(mean[0]) < 350
+    assert int(mean[1]) == 7
+    train.set(AVERAGE=0)  # none
+    train.average_in(mean, [torch.ones(1), counts], 9)
+    assert float(mean[0]) == 1
 
 
 def test_weights_that_no_epoch_improves_are_not_replaced(tiny, trained, capsys):
