@@ -162,8 +162,10 @@ def load_image(source, turns=0):
     Raises InputError, one line naming the image, when it cannot be read as a line of text.
     """
     name = str(source) if isinstance(source, (str, os.PathLike)) else f"a {type(source).__name__}"
+    shown = name.encode(errors="backslashreplace").decode()
+    if shown != name:
+        raise InputError(f"{shown}: a name that is not UTF-8, rename the file")
     try:
-        name.encode()
         with open_image(source) as image:
             check_size(image)
             grey = to_grey(ImageOps.exif_transpose(image)).rotate(90 * turns, expand=True)
@@ -172,9 +174,6 @@ def load_image(source, turns=0):
         check_lines(grey)
         first = scale(grey, View())  # as it is, to see how large its text is
         pixels = scale(grey, closer_view(first))  # with that text at the usual size and pitch
-    except UnicodeEncodeError:
-        name = name.encode(errors="backslashreplace").decode()
-        raise InputError(f"{name}: a name that is not UTF-8, rename the file") from None
     except FileNotFoundError:
         raise InputError(f"{name}: no such file or folder") from None
     except UnidentifiedImageError:
@@ -588,7 +587,7 @@ def calibrated(confidence, calibration):
 class Known(NamedTuple):
     """What an image can show."""
 
-    impossible: torch.Tensor  # bool (C,), the classes that cannot occur
+    taken_for: torch.Tensor | None = None  # (C,), see take_for(); None: every class for itself
     lexicon: tuple = ()  # the texts it can show; none: any
     lowered: tuple = ()  # the same in small letters: on signs a word may be in capitals
 
@@ -596,22 +595,22 @@ class Known(NamedTuple):
 def know(charset, allowed=None, lexicon=None):
     """The Known of the characters that are allowed, a string; None: all that the charset holds.
 
-    lexicon: texts, or a file with one per line; None: any. Names texts with other characters on
-    standard error and leaves them out. InputError: nothing is left, or no such character or file.
+    Where only one case of a letter is allowed, the other is read as it. lexicon: texts, or a file
+    with one per line; None: any. Names texts with other characters on standard error and leaves
+    them out. InputError: nothing is left, or no such character or file.
     """
     if charset.unknown(allowed or ""):
         character = describe(charset.unknown(allowed)[0])
         raise InputError(f"ALLOWED has {character}, which the model does not know: take it out")
-    impossible = torch.full((charset.num_classes,), bool(allowed))
-    impossible[[BLANK, *charset.encode(allowed or "")]] = False
+    taken_for = None
+    if allowed:
+        alike = [c if c in allowed else c.swapcase() for c in charset.characters]
+        nothing, kept = charset.num_classes, set(allowed)
+        classes = [charset.index[c] if c in kept else nothing for c in alike]
+        taken_for = torch.tensor([BLANK, *classes])  # (C,)
     if lexicon is None:
-        return Known(impossible)
-    if isinstance(lexicon, (str, os.PathLike)):
-        try:
-            lexicon = Path(lexicon).read_text(encoding="utf-8-sig").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"LEXICON: {lexicon} is not a text file in UTF-8 ({error})") from None
-    texts = dict.fromkeys(normalize("NFC", text).strip() for text in lexicon if text.strip())
+        return Known(taken_for)
+    texts = read_lexicon(lexicon)
     other = {text: set(text) - set(allowed or charset.index) for text in texts}
     for text in [text for text in texts if other[text]][:5]:
         names = " ".join(map(describe, sorted(other[text])))
@@ -619,7 +618,24 @@ def know(charset, allowed=None, lexicon=None):
     texts = tuple(text for text in texts if not other[text])
     if not texts:
         raise InputError("LEXICON has no text that can be read: give it one per line")
-    return Known(impossible, texts, tuple(map(str.lower, texts)))
+    return Known(taken_for, texts, tuple(map(str.lower, texts)))
+
+
+def read_lexicon(lexicon):
+    """The texts of a lexicon, a list or the path of a file, each once and in one spelling."""
+    if isinstance(lexicon, (str, os.PathLike)):
+        try:
+            lexicon = Path(lexicon).read_text(encoding="utf-8-sig").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"LEXICON: {lexicon} is not a text file in UTF-8 ({error})") from None
+    return list(dict.fromkeys(normalize("NFC", text).strip() for text in lexicon if text.strip()))
+
+
+def take_for(logits, taken_for):
+    """Logits (T, C), the probability of each class added to the one it is taken for; C: to none."""
+    probabilities = logits.softmax(1)  # (T, C)
+    sums = torch.zeros(len(logits), logits.shape[1] + 1)  # (T, C + 1)
+    return sums.index_add_(1, taken_for, probabilities)[:, :-1].log()  # (T, C)
 
 
 def find_in_lexicon(logits, charset, reading, known, width):
@@ -641,16 +657,15 @@ def find_in_lexicon(logits, charset, reading, known, width):
     batch = log_probs[:, None].expand(-1, len(targets), -1)  # (T, texts + 1, C)
     scores = text_log_probability(batch, targets)  # (texts + 1,)
     best = int(scores[:-1].argmax())
-    # What was read counts as one more text, unless the lexicon has it: an image may show another.
+    # What was read is one more text, unless the lexicon has it: an image may show something else.
     scores[-1] -= math.inf if reading.text in texts else DOUBT * max(1, len(reading.text))
     confidence = float(scores.softmax(0)[best])
     peaks = align(log_probs, targets[best])
-    found = []
-    for c, probabilities in zip(targets[best], log_probs[peaks].exp()):  # (C,)
-        others = zip(
-            *(tensor.tolist() for tensor in probabilities.topk(min(4, len(probabilities))))
-        )
-        found.append([(c, float(probabilities[c])), *((i, p) for p, i in others if i != c)])
+    probabilities, found = log_probs[peaks].exp(), []  # (characters, C)
+    top = probabilities.topk(min(4, probabilities.shape[1]))
+    for n, c in enumerate(targets[best]):
+        others = zip(top.indices[n].tolist(), top.values[n].tolist())
+        found.append([(c, float(probabilities[n, c])), *(pair for pair in others if pair[0] != c)])
     chosen = make_reading(charset, found, peaks, width, confidence)
     return chosen._replace(unrestricted=reading.text)
 
@@ -687,7 +702,7 @@ def read_images(model, images, batch_size, known=None):
 
     known: what each can show, a list of Known; None: anything.
     """
-    known = known or [Known(torch.zeros(model.charset.num_classes, dtype=torch.bool))] * len(images)
+    known = known or [Known()] * len(images)
     readings = read_once(model, images, batch_size, known)
     for look in SECOND_LOOKS:  # the surest reading counts
         unsure = [i for i, reading in enumerate(readings) if reading.confidence < SECOND_LOOK]
@@ -718,22 +733,20 @@ def invert(image):
     return 255 - image if (image < 128).float().mean() > 0.3 else None  # bold text has less
 
 
-def reframe(image, above=0, below=0, stretch=1.0):
-    """An image (HEIGHT, W) without high margins, with rows of paper added: (HEIGHT, new width)."""
+def shrink(image):
+    """An image (HEIGHT, W) with its text smaller, without high margins: (HEIGHT, new width)."""
     height, width = image.shape
     top, bottom = inked_rows(image.numpy() < 155)  # lighter than INK_TONE: keeps faint ink
     if 0 < bottom - top <= 0.75 * height:
         margin = max(1, round(0.18 * (bottom - top)))  # about that of a line that fills its image
         image = image[max(0, top - margin) : bottom + margin]  # (fewer rows, W)
-    image = F.pad(image, (0, 0, above, below), value=255)  # (rows, W)
-    size = max(PIXELS_PER_FRAME, round(stretch * width * height / len(image))), HEIGHT
+    image = F.pad(image, (0, 0, 5, 1), value=255)  # (rows, W)
+    size = max(PIXELS_PER_FRAME, round(width * height / len(image))), HEIGHT
     resized = Image.fromarray(image.numpy()).resize(size, Image.Resampling.BICUBIC)
     return torch.from_numpy(np.array(resized))  # (HEIGHT, new width)
 
 
-# How an unsure image is read again: smaller, as text that fills the height is rare; and wider, for
-# letters that touch.
-SECOND_LOOKS = (invert, partial(reframe, above=5, below=1), partial(reframe, stretch=1.25))
+SECOND_LOOKS = invert, shrink  # how an unsure image is read again
 
 
 @torch.inference_mode()
@@ -749,9 +762,10 @@ def read_once(model, images, batch_size, known):
             batch = group[start : start + batch_size]
             ink = to_ink(torch.stack([pad(images[i]) for i in batch]))[:, None]  # (N, 1, H, W)
             with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                logits = model(ink.to(device)).cpu()  # (T, N, C)
-            impossible = torch.stack([known[i].impossible for i in batch])  # (N, C)
-            logits = logits.masked_fill(impossible, -math.inf)
+                logits = model(ink.to(device)).float().cpu()  # (T, N, C)
+            for n, i in enumerate(batch):
+                if known[i].taken_for is not None:
+                    logits[:, n] = take_for(logits[:, n], known[i].taken_for)
             widths = [images[i].shape[1] / PIXELS_PER_FRAME for i in batch]
             decoded = greedy_decode(logits, model.charset, widths)
             for n, (i, reading) in enumerate(zip(batch, decoded)):
@@ -902,17 +916,19 @@ def read_labels(csv_path):
     if rows.empty:
         raise InputError(f"{csv_path} has no rows: add lines of image_path,label")
     rows = rows.fillna("")  # a line with too few fields leaves NaN behind
-    for row, label in enumerate(rows.label):
-        if "\n" in label:
-            raise InputError(
-                f"{csv_path}, row {row + 1}: a label of several lines: close its "
-                'quotation mark; one within a label is written as ""'
-            )
-    # One spelling of é, whichever the keyboard made, and no space that no image shows
-    rows["label"] = (
-        rows.label.map(partial(normalize, "NFC")).str.replace("\u00a0", " ").str.strip(" ")
-    )
-    return rows
+    return rows.assign(label=clean(rows.label, csv_path))
+
+
+def clean(labels, csv_path):
+    """Labels (a Series) in one spelling, without spaces at the ends: no image shows either."""
+    broken = labels.str.contains("\n")
+    if broken.any():
+        remedy = 'close its quotation mark; one within a label is written as ""'
+        raise InputError(
+            f"{csv_path}, row {broken.argmax() + 1}: a label of several lines: {remedy}"
+        )
+    composed = labels.map(partial(normalize, "NFC"))  # é may be one code point or two
+    return composed.str.replace("\u00a0", " ").str.strip(" ")
 
 
 def image_paths(rows, csv_path):

@@ -427,12 +427,11 @@ def test_unsure_readings_get_a_second_look_and_the_surest_counts(shipped):
 
 def test_a_second_look_is_another_size_of_the_same_text():
     image = load_image(small_line((200, 100), "Rg 7", (60, 40)))
-    smaller, wider = crnn.reframe(image, above=5, below=1), crnn.reframe(image, stretch=1.25)
-    assert rows_with_ink(wider) > rows_with_ink(smaller) > 1.5 * rows_with_ink(image)
-    assert wider.shape[1] > 1.25 * image.shape[1]
+    assert rows_with_ink(crnn.shrink(image)) > 1.5 * rows_with_ink(image)  # without its margins
+    filled = lines("Rg 7")[0][8:24].repeat_interleave(2, 0)
+    assert rows_with_ink(crnn.shrink(filled)) < rows_with_ink(filled)
     blank = torch.full((32, 40), 255, dtype=torch.uint8)
-    assert crnn.reframe(blank, stretch=1.25).shape == (32, 50)
-    assert crnn.reframe(blank, above=5, below=1).shape == (32, 34)
+    assert crnn.shrink(blank).shape == (32, 34)
     assert crnn.invert(image) is None
     assert torch.equal(crnn.invert(255 - image), image)  # perhaps the wrong polarity
 
@@ -457,6 +456,8 @@ def test_only_what_is_allowed_is_read(shipped):
     assert reading.text.isdigit() and reading.text.endswith("5")
     others = {c for character in reading.characters for c, _ in character.alternatives}
     assert others <= set("0123456789")
+    (capitals,) = read_images(shipped, lines("Total"), 1, [crnn.know(shipped.charset, "ABLOT")])
+    assert capitals.text == "TOTAL"
     with pytest.raises(InputError, match=r"ALLOWED has 'é' \(U\+00E9\)"):
         crnn.know(shipped.charset, "0é")
 
