@@ -336,7 +336,8 @@ def write_check_page(page, rows, folder, file):
     paths = [Path(os.path.relpath(path, folder)).as_posix() for path in rows.image_path]
     rows = rows.assign(path=paths, text=rows.prediction, image=images).round({"confidence": 2})
     job = dict(folder=folder.as_posix(), file=file)
-    job["rows"] = rows[["path", "text", "confidence", "others", "image"]].to_dict("records")
+    columns = ["path", "text", "confidence", "unrestricted", "others", "image"]
+    job["rows"] = rows[columns].to_dict("records")
     content = json.dumps(job, ensure_ascii=False).replace("<", "\\u003c")  # no tag ends the script
     return write_page(page, "check.html", content)
 

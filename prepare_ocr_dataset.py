@@ -1492,7 +1492,7 @@ SCAN = [PRESS, pressed(share=0.3), starved(share=0.2), faded(2, 0.4), room(0, 0.
 BOARD = [PRESS, room(0.12), neighbours(0.06, 0.15, aside=True), lettered(), snapped()]
 BOARD += [framed(), busy()]
 
-CUT_OUT = [room(0.05, 0.2), neighbours(0.25, 0.4, aside=True)]  # of a word
+CUT_OUT = [room(0.05, 0.2), neighbours(0.12, 0.4, aside=True)]  # of a word
 
 EVERYWHERE = {
     "form": Style(2.5, [room(), neighbours(), form_lines()], CLEAN),

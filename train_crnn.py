@@ -580,7 +580,8 @@ def write_history(history, curves):
     for ax, measure in zip(axes[1:], ("exact", "CER")):
         columns = 100 * table.filter(regex=f"^{measure} ")
         columns.columns = [name.removeprefix(measure) for name in columns]
-        columns.plot(ax=ax, marker="o", title=f"validation: {measure}, %")
+        columns.plot(ax=ax, marker="o", legend=False, title=f"validation: {measure}, %")
+    axes[2].legend(loc="center left", bbox_to_anchor=(1, 0.5))  # outside: sources can be many
     for ax in axes:
         ax.set_xlabel("epoch")
         ax.grid(alpha=0.3)

@@ -407,7 +407,10 @@ def memory():
 
 
 def picture():
-    """.github/reads.png: images of tests/foreign and what the shipped weights read in them."""
+    """.github/reads.png, what the shipped weights read in tests/foreign, and drawn.png, samples.
+
+    Of fonts only: nothing of EMNIST or UNIPEN is in the repository.
+    """
     rows = crnn.read_labels(FOREIGN / "labels.csv")
     rows = rows[rows.label.str.len() < 20].sample(20, random_state=0)
     paths, cells = [FOREIGN / path for path in rows.image_path], []
@@ -415,6 +418,14 @@ def picture():
         colour = "#007020" if reading.text == label else "#c00000"
         cells.append((path, [(reading.text, colour)]))
     crnn.contact_sheet(ROOT / ".github" / "reads.png", cells, columns=4)
+    sources = "trdg_custom", "handwriting", "synthetic_math"
+    drawn = [(s, prepare_ocr_dataset.sample(s, i)) for i in range(60, 100, 3) for s in sources]
+    cells = [
+        (Image.fromarray(image), [(label, "black"), (f"{source}, {style}", "#777777")])
+        for source, (image, label, _, style) in drawn
+        if len(label) < 20 and style != "plain"
+    ]
+    crnn.contact_sheet(ROOT / ".github" / "drawn.png", cells[:16], columns=4)
 
 
 def main(*wanted):
