@@ -408,14 +408,18 @@ def make_model(charset):
     return model
 
 
-def freeze_norms(net, epoch, epochs):
-    """Freeze the batch norms in the last epochs, so that training sees what reading will."""
+def freeze_norms(model, average, epoch, epochs):
+    """Freeze the batch norms in the last epochs, so that training sees what reading will.
+
+    At the statistics of the average: a model's own are mostly of the widths of its last batches.
+    """
     learning = epochs * (1 - recipe()["frozen_norms"])  # epochs in which they still learn
     if not INIT_WEIGHTS:
         learning = max(1, learning)  # a new network has no averages to use yet
     if epoch > learning:
-        for layer in net.modules():
+        for layer, mean in zip(model.modules(), average.modules()):
             if isinstance(layer, nn.BatchNorm2d):
+                layer.load_state_dict(layer.state_dict() | dict(mean.named_buffers()))
                 layer.eval()
 
 
@@ -467,15 +471,16 @@ def train_epoch(net, parts, buckets, epoch, epochs):
     # By the epoch's number, so that resuming is exact: one order for all, changes of one's own
     batches = list(shuffle_batches(buckets, torch.Generator().manual_seed(SEED + epoch)))
     torch.manual_seed(SEED + 1_000_003 * epoch + rank())
+    model = getattr(net, "module", net).crnn  # also where it is distributed
     net.train()
-    freeze_norms(net, epoch, epochs)
+    freeze_norms(model, parts["average"].module, epoch, epochs)
     losses, count = [], sum(len(indices) for _, indices in batches)
     with crnn.progress(total=count, desc=f"epoch {epoch}/{epochs}", leave=False) as bar:
         for bucket, indices in batches:
             losses.append(train_step(net, parts, *(tensor[indices] for tensor in bucket)))
             parts["muon schedule"].step()
             parts["adamw schedule"].step()
-            parts["average"].update_parameters(getattr(net, "module", net).crnn)
+            parts["average"].update_parameters(model)
             bar.update(len(indices))
     losses = torch.stack(losses).tolist()
     if not np.isfinite(losses).all():

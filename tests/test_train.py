@@ -414,6 +414,18 @@ def test_fine_tuning_can_grow_the_network(tiny, trained):
         tiny.make_model(start.charset)
 
 
+def test_norms_are_frozen_at_the_statistics_of_the_average(train):
+    train.set(FROM_NOTHING=train.FROM_NOTHING | dict(frozen_norms=0.25))
+    model, average = (CRNN(Charset("ab"), (8, 16, 24, 32), 16).train() for _ in range(2))
+    norm = average.cnn[0][1]
+    norm.running_mean.fill_(3)
+    train.freeze_norms(model, average, epoch=3, epochs=4)
+    assert model.cnn[0][1].training and model.cnn[0][1].running_mean.max() == 0
+    train.freeze_norms(model, average, epoch=4, epochs=4)
+    assert not model.cnn[0][1].training and model.cnn[0][1].running_mean.min() == 3
+    assert model.cnn[1].training
+
+
 def test_the_saved_weights_are_a_mean_of_the_last_steps(train):
     train.set(AVERAGE=0.5)
     mean, counts = [torch.zeros(1), torch.zeros(1, dtype=torch.long)], torch.tensor(7)
