@@ -206,6 +206,8 @@ def open_image(source):
     array = array[..., 0] if array.shape[2:] == (1,) else array  # (H, W, 1) -> (H, W)
     if array.dtype == bool or np.issubdtype(array.dtype, np.floating) and array.max(initial=0) <= 1:
         array = array * 255.0
+    if array.max(initial=0) > 255:  # 16-bit tones: to_grey() finds their range
+        return Image.fromarray(array.astype(np.float32))
     return Image.fromarray(np.clip(array, 0, 255).astype(np.uint8))
 
 
@@ -604,8 +606,8 @@ def know(charset, allowed=None, lexicon=None):
         raise InputError(f"ALLOWED has {character}, which the model does not know: take it out")
     taken_for = None
     if allowed:
-        alike = [c if c in allowed else c.swapcase() for c in charset.characters]
         nothing, kept = charset.num_classes, set(allowed)
+        alike = [c if c in kept else c.swapcase() for c in charset.characters]
         classes = [charset.index[c] if c in kept else nothing for c in alike]
         taken_for = torch.tensor([BLANK, *classes])  # (C,)
     if lexicon is None:

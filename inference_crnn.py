@@ -183,9 +183,11 @@ def list_samples(arguments):
             inside = [p for p in files if p.suffix.lower() in suffixes]
             if not inside:
                 raise InputError(f"{path} holds no images: name a folder with some, or a csv")
-            if others := Counter(p.suffix.lower() or p.name for p in files if p not in inside):
-                names = " ".join(suffix for suffix, _ in others.most_common(9))
-                print(f"{path}: {others.total():,} files passed over that are no images: {names}")
+            others = [p for p in files if p.suffix.lower() not in suffixes]
+            if others:
+                names = Counter(p.suffix.lower() or p.name for p in others).most_common(9)
+                names = " ".join(suffix for suffix, _ in names)
+                print(f"{path}: {len(others):,} files passed over that are no images: {names}")
             samples += map(Sample, inside)
         elif path.suffix.lower() == ".csv":
             samples += list_csv(path)

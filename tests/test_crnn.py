@@ -181,7 +181,7 @@ def test_exif_rotation_is_undone(tmp_path):
     assert torch.equal(load_image(tmp_path / "turned.png"), lines("R7")[0])
 
 
-KINDS = "uint8 int64 float64 float32 to_255 bool colour one_channel bytes stream".split()
+KINDS = "uint8 uint16 int64 float64 float32 to_255 bool colour one_channel bytes stream".split()
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -189,7 +189,11 @@ def test_what_other_programs_hand_over_is_an_image(kind):
     grey, file = np.asarray(line_image("R7")), io.BytesIO()
     line_image("R7").save(file, "PNG")
     images = dict(uint8=grey, float64=grey / 255, float32=grey.astype(np.float32) / 255)
-    images |= dict(int64=grey.astype(np.int64), to_255=grey.astype(np.float32))
+    images |= dict(
+        uint16=grey.astype(np.uint16) * 257,
+        int64=grey.astype(np.int64),
+        to_255=grey.astype(np.float32),
+    )
     images |= dict(bool=grey > 128, colour=np.repeat(grey[..., None], 3, 2))
     images |= dict(one_channel=grey[..., None], bytes=file.getvalue(), stream=file)
     image, reason = crnn.try_load(images[kind])
