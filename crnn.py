@@ -155,10 +155,11 @@ DAMAGED += (Image.DecompressionBombError,)
 def load_image(source, turns=0):
     """Read an image of one line of text as dark ink on light paper.
 
-    source: path, PIL image, a file's bytes, a stream, or array (H, W) or (H, W, 1, 3 or 4) of whole
-    numbers 0 to 255, bool, or floats 0 to 1 or to 255. turns: quarter-turns to the left before.
-    Returns a uint8 tensor (HEIGHT, W), 255 = paper, 0 = the darkest ink. Keeps the aspect ratio,
-    except that closer_view() stretches condensed text and crops high margins.
+    source: path, PIL image, a file's bytes, a stream, or array (H, W), (H, W, 1, 3 or 4) or, as
+    torch has them, (3, H, W), of whole numbers 0 to 255, bool, or floats 0 to 1 or to 255.
+    turns: quarter-turns to the left before. Returns a uint8 tensor (HEIGHT, W), 255 = paper,
+    0 = the darkest ink. Keeps the aspect ratio, except that closer_view() stretches condensed text
+    and crops high margins.
     Raises InputError, one line naming the image, when it cannot be read as a line of text.
     """
     name = str(source) if isinstance(source, (str, os.PathLike)) else f"a {type(source).__name__}"
@@ -198,11 +199,15 @@ def open_image(source):
         return Image.open(source)
     if isinstance(source, Image.Image):
         return source.copy()  # the caller's own stays open
-    if isinstance(source, (bytes, bytearray)):
+    if isinstance(source, (bytes, bytearray, memoryview)):
         return Image.open(io.BytesIO(source))
     if hasattr(source, "read"):
         return Image.open(source)
     array = np.asarray(source)
+    if array.dtype.kind not in "biuf" or array.ndim not in (2, 3) or not np.isfinite(array).all():
+        raise ValueError(f"{array.dtype} {array.shape}: not finite numbers (H, W) or (H, W, 3)")
+    if array.ndim == 3 and len(array) < 5 <= array.shape[2]:
+        array = array.transpose(1, 2, 0)  # torch's (3, H, W) -> (H, W, 3)
     array = array[..., 0] if array.shape[2:] == (1,) else array  # (H, W, 1) -> (H, W)
     if array.dtype == bool or np.issubdtype(array.dtype, np.floating) and array.max(initial=0) <= 1:
         array = array * 255.0
@@ -234,7 +239,7 @@ def check_lines(grey):
 def to_grey(image):
     """Any PIL mode to mode L. Transparent parts become the paper that the ink stands out from."""
     if image.mode.startswith("I") or image.mode == "F":  # 16-bit, 32-bit and float tones
-        tones = np.array(image, dtype=np.float64)
+        tones = np.nan_to_num(np.array(image, dtype=np.float64))
         stray = tones.size // 2000 + 1  # pixels at either end that may be faults of a sensor
         low, high = np.partition(tones, (stray, -1 - stray), axis=None)[[stray, -1 - stray]]
         tones = (tones.clip(low, high) - low) * (255 / max(high - low, 1e-9))
@@ -515,15 +520,11 @@ def greedy_decode(logits, charset, widths=None):
     peaks = [find_peaks(*line) for line in zip(classes, best)]
     targets = [[path[frame] for frame in frames] for path, frames in zip(classes, peaks)]
     confidences = text_log_probability(log_probs, targets).exp().clamp(0, 1).tolist()
-    places = [(frame, n) for n, frames in enumerate(peaks) for frame in frames]
-    at = torch.tensor(places, dtype=torch.long).view(-1, 2).T  # (2, P), one for each character
-    top = log_probs[at[0], at[1]].exp().topk(min(4, log_probs.shape[2]))  # (P, C) -> (P, 4)
-    likeliest = zip(top.indices.tolist(), top.values.tolist())  # line by line
     readings = []
-    for n, frames in enumerate(peaks):
-        found = [list(zip(*next(likeliest))) for _ in frames]
+    for n, (target, frames, confidence) in enumerate(zip(targets, peaks, confidences)):
         width = widths[n] if widths else len(log_probs)
-        readings.append(make_reading(charset, found, frames, width, confidences[n]))
+        line = log_probs[:, n], target, frames
+        readings.append(make_reading(charset, *line, width, confidence))
     return readings
 
 
@@ -536,17 +537,21 @@ def find_peaks(classes, best):
     return [max(frames, key=best.__getitem__) for c, frames in runs if c != BLANK]
 
 
-def make_reading(charset, likeliest, peaks, width, confidence):
-    """A Reading. likeliest: of each character a list of (class, probability), the best first."""
-    text = charset.decode([pairs[0][0] for pairs in likeliest])
+def make_reading(charset, log_probs, target, peaks, width, confidence):
+    """A Reading of a line: log_probs (T, C), the classes read, and the frame of each."""
+    probabilities = log_probs[peaks].exp()  # (characters, C)
+    likeliest = probabilities.topk(min(4, probabilities.shape[1]))  # (characters, 4)
+    text = charset.decode(target)
     # A wide margin looks like a space, and no label begins or ends with one.
     start, text = len(text) - len(text.lstrip(" ")), text.strip(" ")
     kept = slice(start, start + len(text))
+    read = probabilities[range(len(target)), target].tolist()
+    places = zip(target, read, likeliest.indices.tolist(), likeliest.values.tolist())
     characters = []
-    for c, pairs, left, right in zip(text, likeliest[kept], *extents(peaks[kept], width)):
-        others = [(i, p) for i, p in pairs[1:] if i != BLANK and p >= MIN_ALTERNATIVE]
-        others = [(charset.characters[i - 1], p) for i, p in others]
-        characters.append(Character(c, pairs[0][1], left, right, others))
+    for (c, p, *likely), left, right in zip(list(places)[kept], *extents(peaks[kept], width)):
+        others = [(i, q) for i, q in zip(*likely) if i not in (c, BLANK) and q >= MIN_ALTERNATIVE]
+        others = [(charset.characters[i - 1], q) for i, q in others]
+        characters.append(Character(charset.characters[c - 1], p, left, right, others))
     return Reading(text, confidence, characters)
 
 
@@ -630,7 +635,8 @@ def read_lexicon(lexicon):
             lexicon = Path(lexicon).read_text(encoding="utf-8-sig").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(f"LEXICON: {lexicon} is not a text file in UTF-8 ({error})") from None
-    return list(dict.fromkeys(normalize("NFC", text).strip() for text in lexicon if text.strip()))
+    texts = [normalize("NFC", str(text)).strip() for text in lexicon]
+    return list(dict.fromkeys(filter(None, texts)))
 
 
 def take_for(logits, taken_for):
@@ -663,12 +669,7 @@ def find_in_lexicon(logits, charset, reading, known, width):
     scores[-1] -= math.inf if reading.text in texts else DOUBT * max(1, len(reading.text))
     confidence = float(scores.softmax(0)[best])
     peaks = align(log_probs, targets[best])
-    probabilities, found = log_probs[peaks].exp(), []  # (characters, C)
-    top = probabilities.topk(min(4, probabilities.shape[1]))
-    for n, c in enumerate(targets[best]):
-        others = zip(top.indices[n].tolist(), top.values[n].tolist())
-        found.append([(c, float(probabilities[n, c])), *(pair for pair in others if pair[0] != c)])
-    chosen = make_reading(charset, found, peaks, width, confidence)
+    chosen = make_reading(charset, log_probs, targets[best], peaks, width, confidence)
     return chosen._replace(unrestricted=reading.text)
 
 
@@ -911,6 +912,7 @@ def read_labels(csv_path):
         raise InputError(f"{csv_path} cannot be read: write it as UTF-8 csv ({reason})") from None
     if not isinstance(rows.index, pd.RangeIndex):  # pandas has made the first field an index
         raise InputError(f"{csv_path} has too many fields in a line: quote labels with commas")
+    rows = rows.rename(columns=str.strip)
     for column in LABEL_COLUMNS:
         if column not in rows.columns:
             wanted = f"its first line must be image_path,label (found: {','.join(rows.columns)})"
@@ -937,8 +939,8 @@ def image_paths(rows, csv_path):
     """Where the images of read_labels are: paths start at the csv's folder, \\ may stand for /."""
     folder = Path(csv_path).parent
     paths = [folder / path for path in rows.image_path]
-    slashed = [folder / path.replace("\\", "/") for path in rows.image_path]
-    return [a if a == b or a.exists() else b for a, b in zip(paths, slashed)]
+    others = [folder / path.strip().replace("\\", "/") for path in rows.image_path]
+    return [a if a == b or a.exists() else b for a, b in zip(paths, others)]
 
 
 def write_labels(rows, csv_path, encoding="utf-8"):

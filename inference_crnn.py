@@ -106,15 +106,24 @@ def recognize(images, model=None, allowed=None, lexicon=None):
     (text, confidence, characters, unrestricted), None for an image that cannot be read; the reason
     is printed to standard error. InputError: a bad checkpoint, or nothing allowed that it knows.
     """
-    if isinstance(images, (str, bytes, os.PathLike, Image.Image)) or hasattr(images, "read"):
+    if is_single(images):
         images = [images]
-    elif len(shape := getattr(images, "shape", ())) == 2 or (len(shape) == 3 and shape[2] < 5):
-        images = [images]  # an array (H, W) or (H, W, 1, 3 or 4)
     if not isinstance(model, crnn.CRNN):
         model = load_checkpoint(model or model_path(), DEVICE)
-    known = crnn.know(model.charset, allowed or ALLOWED, lexicon or LEXICON)
+    lexicon = LEXICON if lexicon is None else lexicon
+    known = crnn.know(model.charset, allowed or ALLOWED, lexicon)
     images = list(images)
     return list(read_each(images, model, [known] * len(images)))
+
+
+def is_single(images):
+    """Whether this is one image: of arrays (H, W), (H, W, 1, 3 or 4), and a tensor (3, H, W)."""
+    files = (str, bytes, bytearray, memoryview, os.PathLike, Image.Image)
+    if images is None or isinstance(images, files) or hasattr(images, "read"):
+        return True  # None is what cv2.imread makes of a file that is not there
+    shape = getattr(images, "shape", ())
+    channels = shape[2:] + shape[:1] * isinstance(images, torch.Tensor)
+    return len(shape) == 2 or (len(shape) == 3 and min(channels) < 5)
 
 
 def read_each(images, model, known):

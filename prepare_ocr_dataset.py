@@ -501,7 +501,10 @@ def typeset_by_trdg(text, font):
     line = f" {text} "  # room for what reaches beyond the first and the last character
     image, _ = text_generator().generate(line, font.path, "#000000", font.size, **layout)
     ink = np.asarray(image.getchannel("A"), dtype=np.float32) / 255  # (H, W)
-    cut = ink[[0, -1]].any() or ink[:, [0, 1, -2, -1]].any()  # beyond the line or the last advance
+    face = typeface(font.path, font.size)
+    (_, top, _, bottom), (ascent, descent) = face.getbbox(text, anchor="ls"), face.getmetrics()
+    # Beyond the line or the last advance
+    cut = -top > ascent or bottom > descent or ink[:, [0, 1, -2, -1]].any()
     return None if cut else ink
 
 
@@ -1295,6 +1298,19 @@ def snapped(ink):
     return cv2.filter2D(ink, -1, choice(ways) / length)
 
 
+@effect
+def arched(ink):
+    """Along an arc, as on a badge: most like a hill, some like a valley."""
+    (h, w), bend = ink.shape, uniform(0.15, 0.8)  # radians from the middle to either end
+    radius = max(h, w / 2 / bend)  # of the arc that the middle of the line is on
+    inner, outer = radius - h / 2, radius + h / 2
+    x = np.arange(-outer * np.sin(bend), outer * np.sin(bend))[None]  # from the centre, (1, W)
+    y = np.arange(outer, inner * np.cos(bend), -1)[:, None]  # (H, 1)
+    back = w / 2 + radius * np.arctan2(x, y), outer - np.hypot(x, y)  # to the straight line
+    side = choice([1, 1, 1, -1])
+    return cv2.remap(ink[::side], *map(np.float32, back), cv2.INTER_LINEAR)[::side]  # (H, W)
+
+
 # ---- other ink
 
 
@@ -1506,9 +1522,9 @@ STYLES = {
         "receipt": Style(4, [*HEATED, framed(), clipped(share=0.2)], SLIP, "receipt", NARROW),
         "scanned": Style(4, [stretched(), *SCAN, clipped(share=0.2)], SLIP, "receipt"),
         "label": Style(2, [PRESS, room(), form_lines([4], share=0.35)], PLATE, "label"),
-        "sign": Style(5, [stretched(), *BOARD], SIGN, "sign"),
-        "letter": Style(3, [bold(0, 0.1, share=0.5), *CUT_OUT, *BOARD], SIGN, "letter"),
-        "display": Style(1, [room(0, 0.3), blur(), snapped(share=0.5)], PLATE, "display", "dseg"),
+        "sign": Style(6, [stretched(), arched(share=0.15), *BOARD], SIGN, "sign"),
+        "letter": Style(3, [bold(0, 0.1, share=0.5), framed(), *CUT_OUT, *BOARD], SIGN, "letter"),
+        "display": Style(2, [room(0, 0.3), blur(), snapped(share=0.5)], PLATE, "display", "dseg"),
     }
     | EVERYWHERE,
     HANDWRITTEN: {
@@ -1518,7 +1534,7 @@ STYLES = {
         "marker": Style(1.5, [bold(), blur(), faded()]),
         "ruled": Style(3, [room(), ruled()], LIGHT),
         "copied": Style(3, [PRESS, *COPY], CLEAN),
-        "cheque": Style(2.5, [PRESS, room(), secured(share=0.8), blur(share=0.5)], CLEAN, "cheque"),
+        "cheque": Style(3.5, [PRESS, room(), secured(share=0.8), blur(share=0.5)], CLEAN, "cheque"),
     }
     | EVERYWHERE,
 }

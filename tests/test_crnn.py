@@ -181,10 +181,11 @@ def test_exif_rotation_is_undone(tmp_path):
     assert torch.equal(load_image(tmp_path / "turned.png"), lines("R7")[0])
 
 
-KINDS = "uint8 uint16 int64 float64 float32 to_255 bool colour one_channel bytes stream".split()
+KINDS = "uint8 uint16 int64 float64 float32 to_255 bool colour one_channel channels_first "
+KINDS += "bytes memoryview stream"
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", KINDS.split())
 def test_what_other_programs_hand_over_is_an_image(kind):
     grey, file = np.asarray(line_image("R7")), io.BytesIO()
     line_image("R7").save(file, "PNG")
@@ -196,9 +197,18 @@ def test_what_other_programs_hand_over_is_an_image(kind):
     )
     images |= dict(bool=grey > 128, colour=np.repeat(grey[..., None], 3, 2))
     images |= dict(one_channel=grey[..., None], bytes=file.getvalue(), stream=file)
+    images |= dict(memoryview=file.getbuffer())
+    images |= dict(channels_first=torch.from_numpy(grey / 255).expand(3, -1, -1))
     image, reason = crnn.try_load(images[kind])
     assert distance(image) < 12
     assert reason is None
+
+
+@pytest.mark.parametrize("wrong", [None, [1, 2], np.full((9, 40), np.nan), np.zeros((9, 40), "O")])
+def test_what_is_no_image_is_refused_in_one_line(wrong):
+    image, reason = crnn.try_load(wrong)
+    assert image is None
+    assert "not finite numbers (H, W)" in reason
 
 
 def test_a_stray_pixel_is_no_range_of_tones():
@@ -614,10 +624,8 @@ def test_awkward_labels_survive(tmp_path):
 def test_labels_are_spelt_in_one_way_and_backslashes_lead_to_images(tmp_path):
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "b.png").touch()
-    rows = pd.DataFrame(
-        dict(image_path=["a\\b.png", "a/b.png"], label=["cafe\u0301 ", " a\u00a0b"])
-    )
-    crnn.write_labels(rows, tmp_path / "own.csv", "utf-8-sig")
+    columns = {"image_path": ["a\\b.png", "a/b.png "], " label": ["cafe\u0301 ", " a\u00a0b"]}
+    crnn.write_labels(pd.DataFrame(columns), tmp_path / "own.csv", "utf-8-sig")
     rows = read_labels(tmp_path / "own.csv")
     assert list(rows.label) == ["café", "a b"]
     assert crnn.image_paths(rows, tmp_path / "own.csv") == [tmp_path / "a" / "b.png"] * 2

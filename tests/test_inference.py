@@ -59,7 +59,9 @@ def test_recognize_takes_paths_images_and_arrays(infer, checkpoint, line, tmp_pa
     for single in (line, image, np.asarray(image), np.stack([image] * 3, 2)):  # no list
         assert [reading.text for reading in infer.recognize(single)] == [same[0].text]
     assert len(infer.recognize(np.stack([image] * 6))) == 6
-    assert infer.recognize(iter([line]), lexicon=["x"])[0].text == "x"
+    assert infer.recognize(iter([line]), lexicon=np.array(["x"]))[0].text == "x"
+    assert infer.recognize(None) == [None]  # cv2.imread of a missing file
+    assert len(infer.recognize(torch.zeros(3, 32, 64))) == 1
 
 
 def test_reads_images_folders_and_csv(infer, line, tmp_path, capsys):
