@@ -278,12 +278,12 @@ def draw_empty_paper(like):
     faint = torch.rand(2, n, 1, 1, 1, device=like.device) ** 2  # squared, as most paper is even
     ink = faint[0] * shade + faint[1] * grain
     ink = ink - ink.amin((2, 3), keepdim=True)
-    if width > 2 * height:
+    for _ in range(2):
         ink = torch.maximum(ink, rule(ink) * choose(n, 0.25, ink))
-    boxed = choose(n, 0.4, ink)
-    for side in range(4):  # some edges of a form's box
+    boxed, whole = choose(n, 0.4, ink), choose(n, 0.5, ink)
+    for side in range(4):  # a form's box, or some of its edges
         edge = rule(ink.rot90(side, (2, 3)), lowest=0.15).rot90(-side, (2, 3))  # (N, 1, H, W)
-        ink = torch.maximum(ink, edge * boxed * choose(n, 0.7, ink))
+        ink = torch.maximum(ink, edge * boxed * torch.maximum(whole, choose(n, 0.7, ink)))
     # Stretched and, if mostly dark, inverted, as load_image does it
     ink = ink / ink.amax((2, 3), keepdim=True).clamp(min=crnn.MIN_TONES / 255)
     return torch.where(ink.mean((2, 3), keepdim=True) > 0.5, 1 - ink, ink)
