@@ -1694,6 +1694,8 @@ def draw_chunk(chunk):
     cv2.setNumThreads(1)  # there is a worker to a processor already
     chunk.csv.parent.mkdir(parents=True, exist_ok=True)
     chunk.csv.unlink(missing_ok=True)  # its labels belong to the former images
+    for left in chunk.csv.parent.glob(f".{chunk.csv.name}.*.part"):  # by a run that was killed
+        left.unlink(missing_ok=True)
     rows, names = [], ["image_path", "mark", "source", "label", "split", "style"]
     for index in range(chunk.start, chunk.start + chunk.number):
         image, *facts = sample(chunk.source, index)

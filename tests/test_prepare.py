@@ -429,6 +429,7 @@ def test_a_run_that_was_stopped_ends_in_the_same_bytes(prepare, few_fonts, capsy
         prepare.main()
     assert "data.csv" not in contents(prepare.DATASETS_DIR)
     prepare.set(SEED=0, sample=sample)
+    (Path(prepare.DATASETS_DIR) / "trdg_custom" / ".00006.csv.99.part").touch()  # by kill -9
     assert draw_again(prepare, capsys) == new
     assert contents(prepare.DATASETS_DIR) == whole
 
