@@ -150,6 +150,8 @@ def describe(character):
 # What Pillow's decoders raise for damaged files; its PNG reader, for one, a SyntaxError.
 DAMAGED = (OSError, SyntaxError, ValueError, TypeError, EOFError, MemoryError)
 DAMAGED += (Image.DecompressionBombError,)
+PATHS = str, os.PathLike  # what names a file
+CONTENTS = bytes, bytearray, memoryview  # what may be the bytes of one
 
 
 def load_image(source, turns=0):
@@ -162,7 +164,7 @@ def load_image(source, turns=0):
     and crops high margins.
     Raises InputError, one line naming the image, when it cannot be read as a line of text.
     """
-    name = str(source) if isinstance(source, (str, os.PathLike)) else f"a {type(source).__name__}"
+    name = str(source) if isinstance(source, PATHS) else f"a {type(source).__name__}"
     shown = name.encode(errors="backslashreplace").decode()
     if shown != name:
         raise InputError(f"{shown}: a name that is not UTF-8, rename the file")
@@ -195,11 +197,11 @@ def try_load(source):
 
 def open_image(source):
     """A PIL image of whatever load_image takes."""
-    if isinstance(source, (str, os.PathLike)):
+    if isinstance(source, PATHS):
         return Image.open(source)
     if isinstance(source, Image.Image):
         return source.copy()  # the caller's own stays open
-    if isinstance(source, (bytes, bytearray, memoryview)):
+    if isinstance(source, CONTENTS):
         return Image.open(io.BytesIO(source))
     if hasattr(source, "read"):
         return Image.open(source)
@@ -630,7 +632,7 @@ def know(charset, allowed=None, lexicon=None):
 
 def read_lexicon(lexicon):
     """The texts of a lexicon, a list or the path of a file, each once and in one spelling."""
-    if isinstance(lexicon, (str, os.PathLike)):
+    if isinstance(lexicon, PATHS):
         try:
             lexicon = Path(lexicon).read_text(encoding="utf-8-sig").splitlines()
         except (OSError, UnicodeDecodeError) as error:
@@ -837,6 +839,12 @@ def whole_file(path):
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def remove_leftovers(folder):
+    """Remove what whole_file left in a folder when its process was killed."""
+    for path in Path(folder).glob(".*.part"):
+        path.unlink(missing_ok=True)
 
 
 def save_tensors(path, content):

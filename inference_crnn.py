@@ -118,8 +118,8 @@ def recognize(images, model=None, allowed=None, lexicon=None):
 
 def is_single(images):
     """Whether this is one image: of arrays (H, W), (H, W, 1, 3 or 4), and a tensor (3, H, W)."""
-    files = (str, bytes, bytearray, memoryview, os.PathLike, Image.Image)
-    if images is None or isinstance(images, files) or hasattr(images, "read"):
+    kinds = (*crnn.PATHS, *crnn.CONTENTS, Image.Image)
+    if images is None or isinstance(images, kinds) or hasattr(images, "read"):
         return True  # None is what cv2.imread makes of a file that is not there
     shape = getattr(images, "shape", ())
     channels = shape[2:] + shape[:1] * isinstance(images, torch.Tensor)

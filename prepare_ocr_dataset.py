@@ -1694,8 +1694,6 @@ def draw_chunk(chunk):
     cv2.setNumThreads(1)  # there is a worker to a processor already
     chunk.csv.parent.mkdir(parents=True, exist_ok=True)
     chunk.csv.unlink(missing_ok=True)  # its labels belong to the former images
-    for left in chunk.csv.parent.glob(f".{chunk.csv.name}.*.part"):  # by a run that was killed
-        left.unlink(missing_ok=True)
     rows, names = [], ["image_path", "mark", "source", "label", "split", "style"]
     for index in range(chunk.start, chunk.start + chunk.number):
         image, *facts = sample(chunk.source, index)
@@ -1714,6 +1712,8 @@ def draw_all(counts):
             csv_path = folder / source / f"{start:05}.csv"
             chunks.append(Chunk(source, start, min(CHUNK, count - start), mark, csv_path))
     missing = [chunk for chunk in chunks if rows_of(chunk) is None]
+    for place in (folder, *(folder / source for source in counts)):
+        crnn.remove_leftovers(place)
     crnn.wait_for_all()  # all have looked before anyone draws
     if missing:  # the labels of the former images
         (folder / "data.csv").unlink(missing_ok=True)
