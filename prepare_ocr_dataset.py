@@ -1285,6 +1285,14 @@ def stretched(ink, least=-0.2, most=0.6):
 
 
 @effect
+def leaning(ink, least=0.05, most=0.25):
+    """To the right, as the digits of many displays do, by so many columns a row."""
+    (h, w), slant = ink.shape, uniform(least, most)
+    aside = np.float32([[1, -slant, slant * h], [0, 1, 0]])
+    return cv2.warpAffine(ink, aside, (round(w + slant * h), h))
+
+
+@effect
 def snapped(ink):
     """Seen at an angle by a camera that is out of focus or shaken."""
     h, w = ink.shape
@@ -1508,6 +1516,7 @@ SCAN = [PRESS, pressed(share=0.3), starved(share=0.2), faded(2, 0.4), room(0, 0.
 BOARD = [PRESS, room(0.12), neighbours(0.06, 0.15, aside=True), lettered(), snapped()]
 BOARD += [framed(), busy()]
 
+SEGMENTS = [leaning(share=0.6), room(0, 0.3)]
 CUT_OUT = [room(0.05, 0.2), neighbours(0.12, 0.4, aside=True)]  # of a word
 
 EVERYWHERE = {
@@ -1524,7 +1533,7 @@ STYLES = {
         "label": Style(2, [PRESS, room(), form_lines([4], share=0.35)], PLATE, "label"),
         "sign": Style(6, [stretched(), arched(share=0.15), *BOARD], SIGN, "sign"),
         "letter": Style(3, [bold(0, 0.1, share=0.5), framed(), *CUT_OUT, *BOARD], SIGN, "letter"),
-        "display": Style(2, [room(0, 0.3), blur(), snapped(share=0.5)], PLATE, "display", "dseg"),
+        "display": Style(2, [*SEGMENTS, blur(), snapped(share=0.5)], PLATE, "display", "dseg"),
     }
     | EVERYWHERE,
     HANDWRITTEN: {

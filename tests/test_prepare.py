@@ -276,6 +276,14 @@ def test_a_font_draws_its_label_and_no_ink_is_lost(prepare, pen, name):
             assert abs(ink.sum() / expected.sum() - 1) < 0.04, text  # letters may overlap
 
 
+def test_a_leaning_line_keeps_its_ink(prepare):
+    ink = np.zeros((40, 30), np.float32)
+    ink[:, [0, 29]] = 1
+    leaning = prepare.leaning(0.2, 0.2)(ink)  # 8 columns over its 40 rows
+    assert leaning.shape == (40, 38) and abs(leaning.sum() - ink.sum()) < 2
+    assert np.flatnonzero(leaning[0] > 0.4)[0] >= 7 and leaning[39, 0] > 0.4
+
+
 # ---- hands
 
 
