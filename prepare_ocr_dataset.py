@@ -1395,9 +1395,10 @@ def busy(ink):
 
 @effect
 def bold(ink, least=0.04, most=0.08):
-    """By a felt pen or a heavy press, its corners round."""
-    size = max(2, round(uniform(least, most) * len(ink)))
-    return cv2.dilate(ink, cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (size, size)))
+    """By a felt pen or a heavy press, its corners round; below 0 thinner instead."""
+    more = uniform(least, most)
+    size, change = max(2, round(abs(more) * len(ink))), cv2.dilate if more > 0 else cv2.erode
+    return change(ink, cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (size, size)))
 
 
 @effect
@@ -1516,7 +1517,7 @@ SCAN = [PRESS, pressed(share=0.3), starved(share=0.2), faded(2, 0.4), room(0, 0.
 BOARD = [PRESS, room(0.12), neighbours(0.06, 0.15, aside=True), lettered(), snapped()]
 BOARD += [framed(), busy()]
 
-SEGMENTS = [leaning(share=0.6), room(0, 0.3)]
+SEGMENTS = [bold(-0.06, 0, share=0.5), leaning(share=0.6), room(0, 0.3)]  # with wider gaps
 CUT_OUT = [room(0.05, 0.2), neighbours(0.12, 0.4, aside=True)]  # of a word
 
 EVERYWHERE = {
