@@ -1398,7 +1398,8 @@ def bold(ink, least=0.04, most=0.08):
     """By a felt pen or a heavy press, its corners round; below 0 thinner instead."""
     more = uniform(least, most)
     size, change = max(2, round(abs(more) * len(ink))), cv2.dilate if more > 0 else cv2.erode
-    return change(ink, cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (size, size)))
+    changed = change(ink, cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (size, size)))
+    return changed if changed.max() > 0.7 * ink.max() else ink  # a thin dash would go
 
 
 @effect
