@@ -4,9 +4,7 @@ An image of one short line of text becomes a grey tensor of HEIGHT rows. A small
 columns of it into one frame, a bidirectional LSTM reads the frames, and each frame votes for a
 character or for the CTC blank. Functions here take arguments only.
 
-    >>> charset = Charset("Abot")
     >>> path = "A--bb-b-oo--tt"  # the best class of each frame, - being the blank
-    >>> from itertools import groupby, islice
     >>> "".join(c for c, _ in groupby(path) if c != "-")  # merge repeats, then drop blanks
     'Abbot'
 
@@ -17,11 +15,13 @@ import copy
 import io
 import math
 import os
+import re
 import sys
+import tempfile
 import zlib
 from collections import defaultdict
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
 from itertools import groupby
@@ -34,6 +34,8 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFilter, ImageFont, ImageOps, UnidentifiedImageError
+from rapidfuzz import process
+from rapidfuzz.distance import Levenshtein
 from torch import nn
 from torch.nn.utils import fuse_conv_bn_eval
 from tqdm import tqdm
@@ -59,7 +61,6 @@ DOUBT = 1.5  # how much less likely, in nats a character, a text is that the lex
 MIN_ALTERNATIVE = 0.02  # probability below which an alternative is not reported
 MAX_ASPECT = 256  # width over height beyond which an image is no line (400 characters have 200)
 
-LABEL_COLUMNS = ["image_path", "label"]  # what every csv must have; data.csv adds source and split
 CHECKPOINT_FORMAT = 3  # raised when an older reader could misunderstand a newer file
 UNCALIBRATED = (1.0, 0.0)  # slope and offset that leave a confidence as it is
 # --------------------------------------------------------------------------------------------------
@@ -71,8 +72,8 @@ class InputError(ValueError):
 
 def run(main, *arguments):
     """Run a script's main and exit with its status: the one place where an error becomes a line."""
-    # For labels and readings on a Windows console, and for the names of files that are no UTF-8
-    sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")
+    if sys.stdout:  # for labels on a Windows console, and for names of files that are no UTF-8
+        sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")
     if not arguments and len(sys.argv) > 1:
         print(f"{sys.argv[0]} takes no arguments: edit the constants at its top", file=sys.stderr)
         sys.exit(2)
@@ -82,6 +83,9 @@ def run(main, *arguments):
         sys.exit(str(error))
     except BrokenProcessPool:
         sys.exit("a worker process died, probably out of memory: lower NUM_WORKERS")
+    except BrokenPipeError:  # whoever was to read it has left, as head does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except OSError as error:  # unreadable inputs are InputErrors already
         sys.exit(f"cannot write: {error}. Free some space, or set another folder in the constants")
     except KeyboardInterrupt:
@@ -90,9 +94,7 @@ def run(main, *arguments):
 
 def usable_cores():
     """How many cores this process may use, which in a container are fewer than the machine has."""
-    with suppress(AttributeError):  # macOS and Windows lack it
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 if hasattr(os, "register_at_fork"):  # a forked child would wait for its parent's threads for ever
@@ -104,10 +106,7 @@ def progress(iterable=None, **options):
     return tqdm(iterable, unit="img", disable=rank() > 0 or None, **options)
 
 
-# --------------------------------------------------------------------------------------------------
-# Charset
-
-
+# ---- Charset
 class Charset:
     """The characters a model knows: class 0 is the CTC blank, class i is characters[i - 1]."""
 
@@ -144,12 +143,7 @@ def describe(character):
     return f"{character!r} (U+{ord(character):04X})"
 
 
-# --------------------------------------------------------------------------------------------------
-# Image to tensor: the only pixel preprocessing in the repository, for training and for reading
-
-# What Pillow's decoders raise for damaged files; its PNG reader, for one, a SyntaxError.
-DAMAGED = (OSError, SyntaxError, ValueError, TypeError, EOFError, MemoryError)
-DAMAGED += (Image.DecompressionBombError,)
+# ---- Image to tensor: the only pixel preprocessing in the repository, for training and for reading
 PATHS = str, os.PathLike  # what names a file
 CONTENTS = bytes, bytearray, memoryview  # what may be the bytes of one
 
@@ -182,7 +176,7 @@ def load_image(source, turns=0):
     except UnidentifiedImageError:
         reason = "not an image that Pillow reads; of a PDF, save each line as PNG"
         raise InputError(f"{name}: {reason}") from None
-    except DAMAGED as error:
+    except Exception as error:  # of a damaged file Pillow raises nearly any, also a SyntaxError
         raise InputError(f"{name}: cannot be read ({error})") from None
     return torch.from_numpy(pixels)  # (HEIGHT, W)
 
@@ -197,24 +191,28 @@ def try_load(source):
 
 def open_image(source):
     """A PIL image of whatever load_image takes."""
-    if isinstance(source, PATHS):
-        return Image.open(source)
     if isinstance(source, Image.Image):
         return source.copy()  # the caller's own stays open
     if isinstance(source, CONTENTS):
-        return Image.open(io.BytesIO(source))
-    if hasattr(source, "read"):
+        source = io.BytesIO(source)
+    if isinstance(source, PATHS) or hasattr(source, "read"):
         return Image.open(source)
     array = np.asarray(source)
+    if array.dtype == np.uint8 and array.ndim == 1:  # a file's bytes, as cv2.imencode returns them
+        return Image.open(io.BytesIO(array.tobytes()))
     if array.dtype.kind not in "biuf" or array.ndim not in (2, 3) or not np.isfinite(array).all():
         raise ValueError(f"{array.dtype} {array.shape}: not finite numbers (H, W) or (H, W, 3)")
     if array.ndim == 3 and len(array) < 5 <= array.shape[2]:
         array = array.transpose(1, 2, 0)  # torch's (3, H, W) -> (H, W, 3)
     array = array[..., 0] if array.shape[2:] == (1,) else array  # (H, W, 1) -> (H, W)
-    if array.dtype == bool or np.issubdtype(array.dtype, np.floating) and array.max(initial=0) <= 1:
+    most = array.max(initial=0)
+    if array.min(initial=0) < -1:
+        raise ValueError("negative numbers: give 0 to 1, or 0 to 255")
+    if most <= (1.5 if array.dtype.kind == "f" else 1):  # floats overshoot where they were resized
         array = array * 255.0
-    if array.max(initial=0) > 255:  # 16-bit tones: to_grey() finds their range
+    if most > 255 and array.ndim == 2:  # 16-bit tones: to_grey() finds their range
         return Image.fromarray(array.astype(np.float32))
+    array = array * (255 / max(most, 255))
     return Image.fromarray(np.clip(array, 0, 255).astype(np.uint8))
 
 
@@ -312,9 +310,14 @@ def closer_view(image):
     line = (bottom - top) / HEIGHT
     if not line:  # specks or a lone dot: no size to go by
         return View(smoothing=SMOOTHING)
-    strokes, width = measure_strokes(ink[top:bottom])
+    ink = ink[top:bottom]
+    starts = np.count_nonzero(ink[:, 1:] > ink[:, :-1], axis=1) + ink[:, 0]  # of each row, (H,)
+    fullest = np.sort(starts)[-max(1, len(ink) // 3) :]  # a third of the rows crosses most strokes
+    strokes = float(fullest.mean())
     if strokes < MIN_STROKES:  # its place and size tell a comma from a quote and c from C
         return View(smoothing=SMOOTHING * line)
+    columns = np.flatnonzero(ink.any(0))
+    width = int(columns[-1] - columns[0]) + 1
     first, last = 0.0, 1.0
     if 1 / 8 <= line < LOW_LINE and width > 2.5 * line * HEIGHT:  # lower is a rule, not a line
         middle, reach = (top + bottom) / 2 / HEIGHT, line / USUAL_LINE / 2
@@ -329,14 +332,6 @@ def inked_rows(ink):
     enough = max(1, ink.shape[1] / 100)
     rows = np.flatnonzero(np.count_nonzero(ink, axis=1) >= enough)
     return (int(rows[0]), int(rows[-1]) + 1) if len(rows) else (0, 0)
-
-
-def measure_strokes(ink):
-    """How many strokes stand side by side in a line's ink, bool (H, W), and its width in pixels."""
-    columns = np.flatnonzero(ink.any(0))
-    starts = np.count_nonzero(ink[:, 1:] > ink[:, :-1], axis=1) + ink[:, 0]  # of each row, (H,)
-    fullest = np.sort(starts)[-max(1, len(ink) // 3) :]  # a third of the rows crosses most strokes
-    return float(fullest.mean()), int(columns[-1] - columns[0]) + 1
 
 
 def padded_width(width):
@@ -385,16 +380,11 @@ def fits(label, image):
     return frames_needed(label) <= num_frames(image.shape[1])
 
 
-# --------------------------------------------------------------------------------------------------
-# Network
-
-
-class Convolution(nn.Sequential):
+# ---- Network
+def convolution(inputs, outputs, kernel, stride=1, padding=0):
     """Convolution, batch norm, ReLU."""
-
-    def __init__(self, inputs, outputs, kernel, stride=1, padding=0):
-        convolution = nn.Conv2d(inputs, outputs, kernel, stride, padding, bias=False)
-        super().__init__(convolution, nn.BatchNorm2d(outputs), nn.ReLU(inplace=True))
+    layer = nn.Conv2d(inputs, outputs, kernel, stride, padding, bias=False)
+    return nn.Sequential(layer, nn.BatchNorm2d(outputs), nn.ReLU(inplace=True))
 
 
 class Block(nn.Module):
@@ -420,30 +410,22 @@ class CRNN(nn.Module):
     training.
     """
 
-    def __init__(
-        self,
-        charset,
-        channels=(32, 64, 96, 192),
-        hidden=192,
-        dropout=0.0,
-        blocks=0,
-        row_blocks=(0, 0),
-    ):
+    def __init__(self, charset, channels, hidden, dropout=0.0, blocks=0, row_blocks=(0, 0)):
         super().__init__()
         self.charset, self.calibration, self.facts = charset, UNCALIBRATED, {}
         self.architecture = dict(channels=list(channels), hidden=hidden, blocks=blocks)
         self.architecture["row_blocks"] = list(row_blocks)
         a, b, c, features = channels
         self.cnn = nn.Sequential(
-            Convolution(1, a, 3, stride=2, padding=1),  # (N, 1, 32, W) -> (N, a, 16, W/2)
-            Convolution(a, a, 3, padding=1),
-            Convolution(a, b, 3, stride=2, padding=1),  # -> (N, b, 8, W/4)
-            Convolution(b, b, 3, padding=1),
+            convolution(1, a, 3, stride=2, padding=1),  # (N, 1, 32, W) -> (N, a, 16, W/2)
+            convolution(a, a, 3, padding=1),
+            convolution(a, b, 3, stride=2, padding=1),  # -> (N, b, 8, W/4)
+            convolution(b, b, 3, padding=1),
             *[Block(b, rows=3) for _ in range(row_blocks[0])],
-            Convolution(b, c, 3, stride=(2, 1), padding=1),  # -> (N, c, 4, W/4)
-            Convolution(c, c, 3, padding=1),
+            convolution(b, c, 3, stride=(2, 1), padding=1),  # -> (N, c, 4, W/4)
+            convolution(c, c, 3, padding=1),
             *[Block(c, rows=3) for _ in range(row_blocks[1])],
-            Convolution(c, features, (HEIGHT // 8, 1)),  # all rows at once -> (N, D, 1, W/4)
+            convolution(c, features, (HEIGHT // 8, 1)),  # all rows at once -> (N, D, 1, W/4)
             *[Block(features) for _ in range(blocks)],
         )
         self.dropout = nn.Dropout(dropout)
@@ -488,10 +470,7 @@ def compute_dtype(device_type, precision=None):
     return torch.bfloat16 if can.get("avx512_bf16") or can.get("amx_bf16") else torch.float32
 
 
-# --------------------------------------------------------------------------------------------------
-# Decoding
-
-
+# ---- Decoding
 class Character(NamedTuple):
     """One character of a Reading, and what else it could be."""
 
@@ -519,24 +498,15 @@ def greedy_decode(logits, charset, widths=None):
     """
     log_probs = logits.detach().float().log_softmax(2).cpu()  # (T, N, C)
     best, classes = (tensor.T.tolist() for tensor in log_probs.max(2))  # N lists of T, both
-    peaks = [find_peaks(*line) for line in zip(classes, best)]
-    targets = [[path[frame] for frame in frames] for path, frames in zip(classes, peaks)]
+    targets, peaks = [], []
+    for path, sure in zip(classes, best):
+        runs = groupby(range(len(path)), key=path.__getitem__)  # repeats are one character
+        peaks.append([max(frames, key=sure.__getitem__) for c, frames in runs if c != BLANK])
+        targets.append([path[frame] for frame in peaks[-1]])  # each where it is surest
     confidences = text_log_probability(log_probs, targets).exp().clamp(0, 1).tolist()
-    readings = []
-    for n, (target, frames, confidence) in enumerate(zip(targets, peaks, confidences)):
-        width = widths[n] if widths else len(log_probs)
-        line = log_probs[:, n], target, frames
-        readings.append(make_reading(charset, *line, width, confidence))
-    return readings
-
-
-def find_peaks(classes, best):
-    """The frames of a line where each character of its best path is surest.
-
-    classes, best: of each frame the likeliest class, and its log-probability.
-    """
-    runs = groupby(range(len(classes)), key=classes.__getitem__)  # repeats are one character
-    return [max(frames, key=best.__getitem__) for c, frames in runs if c != BLANK]
+    widths = widths or [len(log_probs)] * len(targets)
+    lines = zip(log_probs.unbind(1), targets, peaks, widths, confidences)
+    return [make_reading(charset, *line) for line in lines]
 
 
 def make_reading(charset, log_probs, target, peaks, width, confidence):
@@ -589,10 +559,7 @@ def calibrated(confidence, calibration):
     return 1 / (1 + math.exp(-slope * math.log(confidence / (1 - confidence)) - offset))
 
 
-# --------------------------------------------------------------------------------------------------
-# What the user knows: which characters can occur, or which texts
-
-
+# ---- What the user knows: which characters can occur, or which texts
 class Known(NamedTuple):
     """What an image can show."""
 
@@ -608,16 +575,16 @@ def know(charset, allowed=None, lexicon=None):
     with one per line; None: any. Names texts with other characters on standard error and leaves
     them out. InputError: nothing is left, or no such character or file.
     """
-    if charset.unknown(allowed or ""):
+    allowed = normalize("NFC", "".join(map(str, "" if allowed is None else allowed)))
+    if charset.unknown(allowed):
         character = describe(charset.unknown(allowed)[0])
         raise InputError(f"ALLOWED has {character}, which the model does not know: take it out")
     taken_for = None
     if allowed:
-        nothing, kept = charset.num_classes, set(allowed)
-        alike = [c if c in kept else c.swapcase() for c in charset.characters]
-        classes = [charset.index[c] if c in kept else nothing for c in alike]
+        kept, nothing = {c: charset.index[c] for c in allowed}, charset.num_classes
+        classes = [kept.get(c, kept.get(c.swapcase(), nothing)) for c in charset.characters]
         taken_for = torch.tensor([BLANK, *classes])  # (C,)
-    if lexicon is None:
+    if lexicon is None or isinstance(lexicon, str) and not lexicon:
         return Known(taken_for)
     texts = read_lexicon(lexicon)
     other = {text: set(text) - set(allowed or charset.index) for text in texts}
@@ -637,6 +604,8 @@ def read_lexicon(lexicon):
             lexicon = Path(lexicon).read_text(encoding="utf-8-sig").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(f"LEXICON: {lexicon} is not a text file in UTF-8 ({error})") from None
+    if isinstance(lexicon, CONTENTS) or not all(isinstance(text, (str, int)) for text in lexicon):
+        raise InputError("LEXICON must be a file with a text per line, or a list of texts")
     texts = [normalize("NFC", str(text)).strip() for text in lexicon]
     return list(dict.fromkeys(filter(None, texts)))
 
@@ -649,13 +618,7 @@ def take_for(logits, taken_for):
 
 
 def find_in_lexicon(logits, charset, reading, known, width):
-    """The Reading of the likeliest text of a Known lexicon (Shi et al. 2015, part 2.3).
-
-    logits: (T, C) of a line; reading: what greedy_decode made of it.
-    """
-    from rapidfuzz import process
-    from rapidfuzz.distance import Levenshtein
-
+    """The Reading of the likeliest of known texts, by logits (T, C) (Shi et al. 2015, part 2.3)."""
     log_probs = logits.float().log_softmax(1).cpu()  # (T, C)
     nearest = dict(scorer=Levenshtein.distance, limit=SHORTLIST)
     nearest = process.extract(reading.text.lower(), known.lowered, **nearest)
@@ -676,12 +639,9 @@ def find_in_lexicon(logits, charset, reading, known, width):
 
 
 def align(log_probs, target):
-    """The frames where the characters of a target are surest on its likeliest path (Viterbi).
-
-    log_probs: (T, C).
-    """
+    """Where the characters of a target are surest on its likeliest path through (T, C): Viterbi."""
     states = [BLANK, *(each for c in target for each in (c, BLANK))]  # S
-    skips = [i % 2 and i > 1 and states[i] != states[i - 2] for i in range(len(states))]
+    skips = [i > 1 and states[i] != states[i - 2] for i in range(len(states))]
     skips = np.where(skips, 0, -np.inf)  # past the blank between unlike characters
     rows = log_probs[:, states].numpy()  # (T, S)
     score, steps = np.where(np.arange(len(states)) < 2, rows[0], -np.inf), []
@@ -690,7 +650,7 @@ def align(log_probs, target):
         ways = np.stack([ways[2:], ways[1:-1], ways[:-2] + skips])  # by so many states, (3, S)
         steps.append(ways.argmax(0))
         score = ways.max(0) + row
-    path = [len(states) - 1 - int(score[-2:].argmax() == 0 and len(states) > 1)]
+    path = [len(states) - 2 + int(score[-2:].argmax())]
     for step in reversed(steps):
         path.append(path[-1] - int(step[path[-1]]))
     path = np.array(path[::-1])  # (T,)
@@ -698,10 +658,7 @@ def align(log_probs, target):
     return [int(at[rows[at, 2 * i + 1].argmax()]) for i, at in enumerate(frames)]
 
 
-# --------------------------------------------------------------------------------------------------
-# Reading
-
-
+# ---- Reading
 def read_images(model, images, batch_size, known=None):
     """Read uint8 tensors (HEIGHT, W_i) as load_image returns them. Returns a list of Readings.
 
@@ -757,34 +714,29 @@ SECOND_LOOKS = invert, shrink  # how an unsure image is read again
 @torch.inference_mode()
 def read_once(model, images, batch_size, known):
     """Read images as they are. Returns Readings in their order, not calibrated."""
-    readings, by_width = [None] * len(images), defaultdict(list)
+    readings, groups = [None] * len(images), defaultdict(list)  # of one padded width each
     for i, image in enumerate(images):
-        by_width[padded_width(image.shape[1])].append(i)
+        groups[padded_width(image.shape[1])].append(i)
+    batches = [g[i : i + batch_size] for g in groups.values() for i in range(0, len(g), batch_size)]
     device = next(model.parameters()).device
     dtype = compute_dtype(device.type)
-    for group in by_width.values():
-        for start in range(0, len(group), batch_size):
-            batch = group[start : start + batch_size]
-            ink = to_ink(torch.stack([pad(images[i]) for i in batch]))[:, None]  # (N, 1, H, W)
-            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                logits = model(ink.to(device)).float().cpu()  # (T, N, C)
-            for n, i in enumerate(batch):
-                if known[i].taken_for is not None:
-                    logits[:, n] = take_for(logits[:, n], known[i].taken_for)
-            widths = [images[i].shape[1] / PIXELS_PER_FRAME for i in batch]
-            decoded = greedy_decode(logits, model.charset, widths)
-            for n, (i, reading) in enumerate(zip(batch, decoded)):
-                if known[i].lexicon:
-                    line = logits[:, n], model.charset, reading, known[i], widths[n]
-                    reading = find_in_lexicon(*line)
-                readings[i] = reading
+    for batch in batches:
+        ink = to_ink(torch.stack([pad(images[i]) for i in batch]))[:, None]  # (N, 1, H, W)
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            logits = model(ink.to(device)).float().cpu()  # (T, N, C)
+        for n, i in enumerate(batch):
+            if known[i].taken_for is not None:
+                logits[:, n] = take_for(logits[:, n], known[i].taken_for)
+        widths = [images[i].shape[1] / PIXELS_PER_FRAME for i in batch]
+        decoded = greedy_decode(logits, model.charset, widths)
+        for n, (i, reading) in enumerate(zip(batch, decoded)):
+            if known[i].lexicon:
+                reading = find_in_lexicon(logits[:, n], model.charset, reading, known[i], widths[n])
+            readings[i] = reading
     return readings
 
 
-# --------------------------------------------------------------------------------------------------
-# Processes: one alone, or several started by torchrun. The first, of rank 0, prints and writes.
-
-
+# ---- Processes: one alone, or several of torchrun. The first, of rank 0, prints and writes.
 def world_size():
     """How many processes there are, as torchrun tells them."""
     return int(os.environ.get("WORLD_SIZE", 1))
@@ -824,10 +776,7 @@ def leave_processes():
         dist.destroy_process_group()
 
 
-# --------------------------------------------------------------------------------------------------
-# Files
-
-
+# ---- Files
 @contextmanager
 def whole_file(path):
     """Yield a temporary path in the same folder: renamed to path on success, deleted on failure."""
@@ -839,6 +788,14 @@ def whole_file(path):
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def check_output(path, constant):
+    """Fail now, and not after the work, where a file cannot be written. InputError: it is none."""
+    if not Path(path or "").name or Path(path).is_dir():
+        raise InputError(f"{constant} = {path!r} is no file: give it the name of one")
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    tempfile.TemporaryFile(dir=Path(path).parent).close()
 
 
 def remove_leftovers(folder):
@@ -894,7 +851,7 @@ def load_checkpoint(path, device="cpu", learn=False):
         model.load_state_dict(content["weights"])
         model.calibration, model.facts = tuple(content["calibration"]), content["facts"]
     except Exception as error:  # torch.load alone raises pickle, zip, key and runtime errors
-        reason = f"{type(error).__name__} {error}".splitlines()[0]
+        reason = re.split(r"\n|\. ", f"{type(error).__name__} {error}")[0]  # not torch's advice
         raise InputError(f"{path} is not our checkpoint ({reason}): {remedy}") from None
     for name, value in preprocessing().items():
         if learned_with.get(name) != value:
@@ -911,7 +868,8 @@ def read_labels(csv_path):
     import pandas as pd  # here, so that reading a single image does not wait for it
 
     try:
-        rows = pd.read_csv(csv_path, dtype=str, keep_default_na=False, encoding="utf-8-sig")
+        how = dict(encoding="utf-8-sig", skipinitialspace=True)
+        rows = pd.read_csv(csv_path, dtype=str, keep_default_na=False, **how)
     except FileNotFoundError:
         remedy = "check the path, or run python prepare_ocr_dataset.py for datasets/data.csv"
         raise InputError(f"no {csv_path}: {remedy}") from None
@@ -920,8 +878,8 @@ def read_labels(csv_path):
         raise InputError(f"{csv_path} cannot be read: write it as UTF-8 csv ({reason})") from None
     if not isinstance(rows.index, pd.RangeIndex):  # pandas has made the first field an index
         raise InputError(f"{csv_path} has too many fields in a line: quote labels with commas")
-    rows = rows.rename(columns=str.strip)
-    for column in LABEL_COLUMNS:
+    rows = rows.rename(columns=lambda name: name.strip().lower())
+    for column in ("image_path", "label"):  # data.csv adds source and split
         if column not in rows.columns:
             wanted = f"its first line must be image_path,label (found: {','.join(rows.columns)})"
             raise InputError(f"{csv_path} has no column {column}: {wanted}")
@@ -933,14 +891,14 @@ def read_labels(csv_path):
 
 def clean(labels, csv_path):
     """Labels (a Series) in one spelling, without spaces at the ends: no image shows either."""
-    broken = labels.str.contains("\n")
+    # Spaces of any width, and what is not seen at the ends
+    labels = labels.str.replace(r"[\u00a0\u1680\u2000-\u200a\u202f\u205f\u3000]", " ", regex=True)
+    labels = labels.str.strip(" \t\u200b\ufeff")
+    broken = labels.str.contains("[\n\r\x85\u2028\u2029]")
     if broken.any():
-        remedy = 'close its quotation mark; one within a label is written as ""'
-        raise InputError(
-            f"{csv_path}, row {broken.argmax() + 1}: a label of several lines: {remedy}"
-        )
-    composed = labels.map(partial(normalize, "NFC"))  # é may be one code point or two
-    return composed.str.replace("\u00a0", " ").str.strip(" ")
+        place = f"{csv_path}, row {broken.argmax() + 1}: a label of several lines"
+        raise InputError(f'{place}: close its quotation mark; one within a label is written as ""')
+    return labels.map(partial(normalize, "NFC"))  # é may be one code point or two
 
 
 def image_paths(rows, csv_path):
@@ -978,22 +936,14 @@ def add_split(rows):
     return rows
 
 
-# --------------------------------------------------------------------------------------------------
-# Scoring and looking
-
-# One character for those that look alike by hand
-FOLDED = str.maketrans(
-    {"O": "0", "o": "0", "I": "1", "l": "1", "|": "1"} | {c: c.lower() for c in "CKMPSUVWXYZJ"}
-)
-
-
+# ---- Scoring and looking
 def fold_lookalikes(text):
     """One character for those that look alike by hand: {0 O o}, {1 I l |}, and c/C, k/K ...
 
     >>> fold_lookalikes("COil")
     'c0i1'
     """
-    return text.translate(FOLDED)
+    return text.translate(str.maketrans("OoIl|CKMPSUVWXYZJ", "00111ckmpsuvwxyzj"))
 
 
 def score_table(rows, by="source"):
@@ -1004,8 +954,6 @@ def score_table(rows, by="source"):
     over the group; single, how many labels are one character; folded, the share of those that match
     with look-alikes folded.
     """
-    from rapidfuzz.distance import Levenshtein
-
     scored = rows[[by]].assign(images=1, exact=rows.label == rows.prediction)
     scored["edits"] = list(map(Levenshtein.distance, rows.label, rows.prediction))
     scored["characters"] = rows.label.str.len()

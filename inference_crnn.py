@@ -20,7 +20,7 @@ import sys
 import warnings
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from functools import cache, partial
 from pathlib import Path
 from typing import NamedTuple
@@ -108,22 +108,29 @@ def recognize(images, model=None, allowed=None, lexicon=None):
     """
     if is_single(images):
         images = [images]
+    elif not isinstance(images, (list, tuple)):  # an iterator may yield one object again and again
+        images = [image.copy() if hasattr(image, "copy") else image for image in images]
     if not isinstance(model, crnn.CRNN):
         model = load_checkpoint(model or model_path(), DEVICE)
-    lexicon = LEXICON if lexicon is None else lexicon
-    known = crnn.know(model.charset, allowed or ALLOWED, lexicon)
-    images = list(images)
+    if model.training:
+        model = crnn.folded(model)  # or reading would change its batch norms
+    allowed, lexicon = (
+        ALLOWED if allowed is None else allowed,
+        LEXICON if lexicon is None else lexicon,
+    )
+    known = crnn.know(model.charset, allowed, lexicon)
     return list(read_each(images, model, [known] * len(images)))
 
 
 def is_single(images):
     """Whether this is one image: of arrays (H, W), (H, W, 1, 3 or 4), and a tensor (3, H, W)."""
     kinds = (*crnn.PATHS, *crnn.CONTENTS, Image.Image)
-    if images is None or isinstance(images, kinds) or hasattr(images, "read"):
-        return True  # None is what cv2.imread makes of a file that is not there
+    if not hasattr(images, "__iter__") or isinstance(images, kinds) or hasattr(images, "read"):
+        return True  # also None, which cv2.imread makes of a file that is not there
     shape = getattr(images, "shape", ())
     channels = shape[2:] + shape[:1] * isinstance(images, torch.Tensor)
-    return len(shape) == 2 or (len(shape) == 3 and min(channels) < 5)
+    encoded = len(shape) == 1 and str(images.dtype) == "uint8"  # a file's bytes
+    return encoded or len(shape) == 2 or (len(shape) == 3 and min(channels) < 5)
 
 
 def read_each(images, model, known):
@@ -133,33 +140,27 @@ def read_each(images, model, known):
         with ThreadPoolExecutor(NUM_THREADS) as threads:  # Pillow works outside of Python's lock
             loaded = list(threads.map(crnn.try_load, chunk))
         there = [i for i, (image, _) in enumerate(loaded) if image is not None]
-        readings = dict(zip(there, read_turned(model, chunk, loaded, limits, there)))
-        for i, (_, reason) in enumerate(loaded):
+        pixels, kinds = [loaded[i][0] for i in there], [limits[i] for i in there]
+        readings = dict(zip(there, crnn.read_images(model, pixels, BATCH_SIZE, kinds)))
+        for i, (image, reason) in enumerate(loaded):
             if reason:
                 print(f"skipped: {reason}", file=sys.stderr, flush=True)
+            elif image.shape[1] < crnn.HEIGHT / 2 and readings[i].confidence < crnn.SECOND_LOOK:
+                readings[i] = read_turned(model, chunk[i], readings[i], limits[i])
             yield readings.get(i)
 
 
-def read_turned(model, sources, loaded, known, there):
-    """Readings of the images that are there; where one is tall and unsure, the surest of three.
+def read_turned(model, source, reading, known):
+    """The surest of a doubtful Reading and those of its image, turned to either side.
 
-    It may be turned to either side. Three characters at least: a lone I would be a dash.
+    These have three characters at least: a lone I would be a dash.
     """
-    limits = [known[i] for i in there]
-    readings = crnn.read_images(model, [loaded[i][0] for i in there], BATCH_SIZE, limits)
-    for n, i in enumerate(there):
-        if loaded[i][0].shape[1] < crnn.HEIGHT / 2 and readings[n].confidence < crnn.SECOND_LOOK:
-            turned = [crnn.load_image(sources[i], turns) for turns in (1, 3)]
-            again = crnn.read_images(model, turned, 1, [known[i]] * 2)
-            longer = [reading for reading in again if len(reading.text) > 2]
-            readings[n] = max([readings[n], *longer], key=lambda reading: reading.confidence)
-    return readings
+    turned = [crnn.load_image(source, turns) for turns in (1, 3)]
+    longer = [r for r in crnn.read_images(model, turned, 1, [known] * 2) if len(r.text) > 2]
+    return max([reading, *longer], key=lambda reading: reading.confidence)
 
 
-# --------------------------------------------------------------------------------------------------
-# Samples, and what is read in them
-
-
+# ---- Samples, and what is read in them
 class Sample(NamedTuple):
     """An image to read."""
 
@@ -176,7 +177,8 @@ def list_csv(path):
     rows = crnn.add_split(crnn.read_labels(path))
     for column in {"allowed", "lexicon"} - set(rows):
         rows[column] = ""
-    lexica = [name and Path(path).parent / name for name in rows.lexicon]
+    names = rows.lexicon.str.strip().str.replace("\\", "/")
+    lexica = [name and Path(path).parent / name for name in names]
     paths = crnn.image_paths(rows, path)
     return list(map(Sample, paths, rows.label, rows.source, rows.split, rows.allowed, lexica))
 
@@ -187,11 +189,15 @@ def list_samples(arguments):
     suffixes = {suffix for suffix, kind in registered if kind in Image.OPEN}  # PDF is only written
     samples = []
     for path in map(Path, arguments):
-        if path.is_dir():
-            files = sorted(p for p in path.rglob("[!.]*") if p.is_file())  # a Mac hides ._ files
+        if os.path.isdir(path):
+            # Not what is hidden, such as a Mac's ._ files
+            files = sorted(
+                p for p in path.rglob("*") if "/." not in f"/{p.relative_to(path).as_posix()}"
+            )
+            files = [p for p in files if p.is_file()]
             inside = [p for p in files if p.suffix.lower() in suffixes]
             if not inside:
-                raise InputError(f"{path} holds no images: name a folder with some, or a csv")
+                print(f"{path} holds no images: name a folder with some, or a csv", file=sys.stderr)
             others = [p for p in files if p.suffix.lower() not in suffixes]
             if others:
                 names = Counter(p.suffix.lower() or p.name for p in others).most_common(9)
@@ -202,6 +208,8 @@ def list_samples(arguments):
             samples += list_csv(path)
         else:
             samples.append(Sample(path))
+    if not samples:
+        raise InputError("no images to read: name images, folders with some, or a csv")
     return samples
 
 
@@ -219,26 +227,15 @@ def show(sample, reading):
     if sample.label:
         print(f"Ground Truth: {sample.label}")
     sure = reading.confidence >= MIN_CONFIDENCE
-    doubt = "" if sure else f", please check{list_alternatives(reading)}"
+    doubt = "" if sure else ", please check"
+    doubtful = [c for c in reading.characters if c.alternatives]
+    if doubtful and not sure:  # such as ": O 0.61 · 0 0.37"
+        least = min(doubtful, key=lambda c: c.confidence)
+        pairs = [(least.character, least.confidence), *least.alternatives]
+        doubt += ": " + " · ".join(f"{c} {p:.2f}" for c, p in pairs)
     if reading.unrestricted not in (None, reading.text):
         doubt += f"; without the lexicon {reading.unrestricted}"
     print(f"Predicted   : {reading.text}  (confidence {reading.confidence:.2f}{doubt})\n")
-
-
-def list_alternatives(reading):
-    """Alternatives of the most doubtful character, as in ": O 0.61 · 0 0.37"; "" if none."""
-    doubtful = [c for c in reading.characters if c.alternatives]
-    if not doubtful:
-        return ""
-    least = min(doubtful, key=lambda c: c.confidence)
-    pairs = [(least.character, least.confidence), *least.alternatives]
-    return ": " + " · ".join(f"{c} {p:.2f}" for c, p in pairs)
-
-
-def to_json(row, characters):
-    """A line of PREDICTIONS_JSONL. left and right are parts of the image's width."""
-    record = dict(zip(COLUMNS, row), characters=[c._asdict() for c in characters])
-    return json.dumps(record, ensure_ascii=False) + "\n"
 
 
 def read_all(samples, model):
@@ -249,21 +246,24 @@ def read_all(samples, model):
     """
     import pandas as pd  # here, so that recognize() from Python does not wait for it
 
-    Path(PREDICTIONS_CSV).parent.mkdir(parents=True, exist_ok=True)  # fail now, not after reading
-    know = cache(partial(crnn.know, model.charset))  # the fields of a form are of few kinds
-    known = [know(s.allowed or ALLOWED, s.lexicon or LEXICON) for s in samples]
-    rows = []
+    @cache  # the fields of a form are of few kinds
+    def know(allowed, lexicon):
+        return crnn.know(model.charset, allowed or ALLOWED, lexicon or LEXICON)
+
+    known, rows = [know(s.allowed, s.lexicon) for s in samples], []
     target = whole_file(PREDICTIONS_JSONL) if PREDICTIONS_JSONL else nullcontext(os.devnull)
     with target as temporary, open(temporary, "w", encoding="utf-8", newline="\n") as lines:
         readings = read_each([sample.path for sample in samples], model, known)
         for sample, reading in zip(samples, readings):
             if reading is None:
                 continue
-            show(sample, reading)
+            with suppress(BrokenPipeError):  # as head leaves it: what is read is still written
+                show(sample, reading)
             names = [sample.path.as_posix(), sample.label, sample.source]
             row = [*names, reading.text, reading.confidence, reading.unrestricted or ""]
-            if PREDICTIONS_JSONL:
-                lines.write(to_json(row, reading.characters))
+            characters = [c._asdict() for c in reading.characters]
+            record = dict(zip(COLUMNS, row), characters=characters)
+            lines.write(json.dumps(record, ensure_ascii=False) + "\n")
             # Characters as such would take gigabytes for 100,000 images.
             others = ["".join(other for other, _ in c.alternatives) for c in reading.characters]
             rows.append([*row, others])
@@ -281,14 +281,15 @@ def write_predictions(rows, former):
     if modified(path) != former:
         path = next(name for name in numbered(path) if not os.path.exists(name))
     table = rows[COLUMNS].assign(confidence=rows.confidence.map("{:.4f}".format))
-    crnn.write_labels(table, path, "utf-8-sig")  # or Excel shows é as Ã©
+    try:
+        crnn.write_labels(table, path, "utf-8-sig")  # or Excel shows é as Ã©
+    except PermissionError:  # on Windows nobody may replace a file that Excel has open
+        path = next(name for name in numbered(path) if not os.path.exists(name))
+        crnn.write_labels(table, path, "utf-8-sig")
     return path
 
 
-# --------------------------------------------------------------------------------------------------
-# Pages
-
-
+# ---- Pages
 def write_page(name, template, content):
     """Write REPORT_DIR/name, a template with its CONTENT replaced. Returns its path."""
     page = (TEMPLATES / template).read_text(encoding="utf-8").replace("CONTENT", content, 1)
@@ -327,9 +328,7 @@ def write_check(rows):
     try:
         folder = Path(os.path.commonpath(folders))
     except ValueError:
-        raise InputError(
-            "images on two drives: read one at a time, or set REPORT_DIR = None"
-        ) from None
+        raise InputError("images on two drives: read each alone or set REPORT_DIR = None") from None
     for former in Path(REPORT_DIR).glob("check_[0-9]*.html"):
         former.unlink()
     free = (file for file in numbered("labels.csv") if not (folder / file).exists())
@@ -353,10 +352,7 @@ def write_check_page(page, rows, folder, file):
     return write_page(page, "check.html", content)
 
 
-# --------------------------------------------------------------------------------------------------
-# Report. rows: a DataFrame with columns image_path, label, source, prediction, confidence.
-
-
+# ---- Report. rows: a DataFrame with columns image_path, label, source, prediction, confidence.
 def edits(label, prediction):
     """What turns a label into a prediction: (character, read instead), "" for none, in order."""
     return [
@@ -438,15 +434,14 @@ def write_report(rows):
     return write_page("index.html", "report.html", content)
 
 
-# --------------------------------------------------------------------------------------------------
-# Main
-
-
+# ---- Main
 def main(arguments=()):
     """Read what the arguments name, or some test rows. Returns the exit status."""
-    if {"-h", "--help"} & set(arguments):
+    options = {a for a in arguments if a.startswith("-") and not os.path.exists(a)}
+    if options:
         print(__doc__)
-        return 0
+        return 0 if options & {"-h", "--help"} else 2
+    crnn.check_output(PREDICTIONS_CSV, "PREDICTIONS_CSV")
     former = modified(PREDICTIONS_CSV)
     model = load_checkpoint(model_path(), DEVICE)
     print(describe_weights(model.facts))

@@ -11,7 +11,6 @@ any number of workers to the same bytes. Images of your own join them: put them 
 import ast
 import contextlib
 import hashlib
-import json
 import math
 import os
 import random
@@ -19,7 +18,6 @@ import re
 import socket
 import string
 import time
-import urllib.request
 import zlib
 from collections import Counter, defaultdict, namedtuple
 from concurrent.futures import ProcessPoolExecutor
@@ -93,10 +91,7 @@ SPLITS = "train", "val", "test"
 CYCLE = 20  # of so many images one is for validation and one for the test
 
 
-# --------------------------------------------------------------------------------------------------
-# Chance. All of it is Python's own, from which TRDG draws too, and is seeded for each image.
-
-
+# ---- Chance. All of it is Python's own, from which TRDG draws too, and is seeded for each image.
 def chance(share):
     return random.random() < share
 
@@ -118,14 +113,10 @@ def clouds(shape, patches):
     return cv2.resize(few, shape[::-1], interpolation=cv2.INTER_CUBIC).clip(0, 1)  # (H, W)
 
 
-# --------------------------------------------------------------------------------------------------
-# Words. A word's split follows from its letters: none of the test is trained on, in any spelling.
+# ---- Words. A word's split follows from its letters: none of the test is trained on, in any case.
 
-
-class Words(NamedTuple):
-    split: str
-    all: list  # words of TRDG's dictionary
-    used: list  # words that people use, the most frequent first
+# Lists of words: all of TRDG's dictionary, and those that people use, the most frequent first
+Words = namedtuple("Words", "split all used")
 
 
 @cache
@@ -172,9 +163,8 @@ def cased(word, shares=(53, 27, 20)):
 
 def accented(word):
     """In some words one letter gets an accent that CHARSET has: cafe as café, Zug as Züg."""
-    letters = [c for c in CHARSET if c.isalpha() and not c.isascii()]
-    swaps = [(normalize("NFD", c)[0], c) for c in letters]  # e and é
-    swaps = [(plain, c) for plain, c in swaps if plain in word]
+    swaps = [(normalize("NFD", c)[0], c) for c in CHARSET if c.isalpha() and not c.isascii()]
+    swaps = [swap for swap in swaps if swap[0] in word]  # (e, é)
     return word.replace(*choice(swaps), 1) if swaps and chance(0.3) else word
 
 
@@ -182,9 +172,7 @@ def random_string(characters, shortest, longest):
     return "".join(random.choices(characters, k=randint(shortest, longest))) if characters else ""
 
 
-# --------------------------------------------------------------------------------------------------
-# Texts, by the grammar of TEXTS_FILE, which explains itself
-
+# ---- Texts, by the grammar of TEXTS_FILE, which explains itself
 SERIAL = UPPER.replace("I", "").replace("O", "") + DIGITS  # most machines avoid these two
 GROUPS = [UPPER] * 4 + [DIGITS] * 4 + [SERIAL] * 3 + [LOWER + DIGITS]  # what groups of codes are of
 RANDOM = {  # kinds of text besides the grammar's, each from the Words of a split
@@ -211,16 +199,12 @@ MIXES = {  # of the kinds of text, with their weights
     | dict(code=8, string=7, single=8, look_alikes=3),
     "by hand": dict(words=30, made_up=18, doubled=4, name=6, item=4, punctuated=10, number=13)
     | dict(math=12, code=5, string=4, single=7),
-    "written": dict(written=1),
     "emnist": dict(one_word=42, number=22, mixed=12, code=12, words=7, name=5),
     "math": dict(math=1),
     "fields": dict(code=4, number=4, words=3, one_word=2, single=4),
     "receipt": dict(amount=7, bill=7, firm=6, number=4, item=2, words=1),
     "sign": dict(sign=16, made_up=2, words=2, name=1, code=1),
     "label": dict(code=6, number=3, words=5, punctuated=1, single=1),
-    "letter": dict(large=1),
-    "cheque": dict(cheque=1),
-    "display": dict(display=1),
 }
 # What fills its image and still is nothing else: a small c would be taken for C, a comma for 1
 LARGE = UPPER.replace("O", "") + DIGITS[1:] + "abdefghilnqrt"
@@ -232,14 +216,9 @@ RUN_TOGETHER = re.compile(r"__|['\"`]{2}")
 @cache
 def read_grammar():
     """Kind of text -> its alternatives, of TEXTS_FILE. InputError: one names an unknown kind."""
-    grammar = {}
-    for line in TEXTS_FILE.read_text(encoding="utf-8").splitlines():
-        if not line.strip() or line.startswith("#"):
-            continue
-        if not line[0].isspace():  # else the line goes on with the kind above
-            kind, _, line = line.partition(" ")
-            grammar[kind] = []
-        grammar[kind] += re.split(r"\s{2,}", line.strip())
+    # A line, and the indented ones that go on with it
+    rows = re.findall(r"^(\w\S*)(.*(?:\n[ \t].*)*)", TEXTS_FILE.read_text(encoding="utf-8"), re.M)
+    grammar = {kind: re.split(r"\s{2,}", texts.strip()) for kind, texts in rows}
     for kind, alternatives in grammar.items():
         for name in re.findall(r"{(\w+)}", " ".join(alternatives)):
             if name not in grammar.keys() | RANDOM.keys():
@@ -277,10 +256,7 @@ def acceptable(label):
     return fits and set(label) <= set(CHARSET) and not RUN_TOGETHER.search(label)
 
 
-# --------------------------------------------------------------------------------------------------
-# Fonts. A font is only asked for what it draws, and draws unlike everything else.
-
-IS_FONT = re.compile(r".*\.(ttf|otf|woff2?)", re.I).fullmatch  # the name of a file
+# ---- Fonts. A font is only asked for what it draws, and draws unlike everything else.
 # Pairs that many fonts draw alike, and the overlap from which nobody tells them apart, found by
 # looking at the fonts around it
 SAME_FROM = {"O0": 0.5, "Il": 0.72, "I|": 0.72, "l|": 0.72, "1l": 0.72, "1I": 0.72}
@@ -310,33 +286,31 @@ def find_fonts():
     """The usable Fonts of FONTS_DIR, and lines about the others."""
     fonts, notes = [], []
     for path in sorted(Path(FONTS_DIR).rglob("*"), key=Path.as_posix):  # one order on all systems
-        if not IS_FONT(path.name):
+        if path.suffix.lower() not in {".ttf", ".otf", ".woff", ".woff2"}:
             continue
         kind = HANDWRITTEN if path.parent.name == "handwriting" else PRINTED
         try:
-            font = survey_font(str(path), kind, CHARSET)
+            fonts.append(survey_font(str(path), kind, CHARSET))
         except OSError as error:
-            notes.append(f"{path} is skipped: it cannot be read as a font ({error})")
-            continue
-        if len(font.characters) < 10:  # not even the digits
-            notes.append(f"{path} is skipped: it draws only {len(font.characters)} of CHARSET")
-            continue
-        fonts.append(font)
+            notes.append(f"{path} is skipped: it is no usable font ({error})")
     held_out = {kind: held_out_families(fonts, kind) for kind in (PRINTED, HANDWRITTEN)}
     fonts = [font._replace(held_out=font.family in held_out[font.kind]) for font in fonts]
     return tuple(borrow_signs(font, fonts) for font in fonts), tuple(notes)
 
 
 def survey_font(path, kind, charset):
-    """A Font with the characters whose label an image in it can bear. OSError: not a font."""
+    """A Font with the characters whose label an image in it can bear. OSError: no usable font."""
     face, smallest = typeface(path, 40), typeface(path, 20)
     family = face.getname()[0].split()[0].lower()
     characters = distinct_characters(face, charset)
-    if capitals_only(face):
+    n, *below = (face.getbbox(c, anchor="ls")[3] for c in "npgy")  # pixels below the baseline
+    if max(below) - n < 3:  # capitals for small letters: none reaches below the line
         characters -= {c for c in characters if c.islower() and c not in MATH_SIGNS}
     # Thin dashes may be hinted away in the smallest size of a line.
     characters -= {c for c in characters - {" "} if not any(bytes(smallest.getmask(c)))}
-    characters -= left_out().get(family, set())
+    characters -= set(left_out().get(family, ""))
+    if len(characters) < 10:  # not even the digits
+        raise OSError(f"it draws only {len(characters)} of CHARSET")
     pairs = [p for p in SAME_FROM if set(p) <= characters and overlap(face, *p) > SAME_FROM[p]]
     return Font(path, kind, family, frozenset(characters), frozenset("".join(pairs)))
 
@@ -359,17 +333,10 @@ def distinct_characters(face, charset):
     return {min(same) for same in same_shape.values() if len({c.lower() for c in same}) == 1}
 
 
-def capitals_only(face):
-    """Whether a font draws capitals for small letters: none of them reaches below the line."""
-    bottom = {c: face.getbbox(c, anchor="ls")[3] for c in "npgy"}  # below the baseline, in pixels
-    return max(bottom["p"], bottom["g"], bottom["y"]) - bottom["n"] < 3
-
-
 @cache
 def left_out():
-    """Family of fonts -> characters not to draw in it."""
-    rows = pd.read_csv(LEFT_OUT_FILE, dtype=str, keep_default_na=False)
-    return {row.family: set(row.characters) for row in rows.itertuples()}
+    """Family of fonts -> characters not to draw in it, a Series."""
+    return pd.read_csv(LEFT_OUT_FILE, dtype=str, keep_default_na=False, index_col=0).characters
 
 
 def overlap(face, a, b):
@@ -392,8 +359,7 @@ def held_out_families(fonts, kind):
     for font in sorted(fonts, key=lambda font: hashlib.sha256(font.family.encode()).digest()):
         if font.kind == kind:
             drawn[font.family] = drawn.get(font.family, frozenset()) | font.characters
-    number = math.ceil(HELD_OUT_FONTS * len(drawn))
-    chosen = list(drawn)[: max(0, min(number, len(drawn) - 1))]  # one at least is trained on
+    chosen = list(drawn)[: min(math.ceil(HELD_OUT_FONTS * len(drawn)), len(drawn) - 1)]  # not all
     for c in sorted(set().union(*drawn.values())):  # few have √, and none is to be untested
         able = [family for family in drawn if c in drawn[family]]
         if len(able) > 1 and not set(able) & set(chosen):
@@ -437,11 +403,8 @@ def pick_font(line):
     return choice(choice(families))._replace(size=2 * size_of_line(10, 22)) if families else None
 
 
-# --------------------------------------------------------------------------------------------------
-# Pens for fonts. A pen takes a text, and a Font or a Hand, and gives a line's ink, float32 (H, W),
-# 0 = paper, 1 = ink, or None where it cannot. H is the line box: a comma stays low, a quote high.
-
-
+# ---- Pens for fonts. A pen takes a text, and a Font or a Hand, and gives a line's ink, float32
+# (H, W), 0 = paper, 1 = ink, or None where it cannot. H is the line box: a comma stays low.
 def typeset(text, font):
     """A text in a font, each borrowed sign on the same baseline: ink (H, W)."""
     size, lender = font.size, font.lender or font.path
@@ -508,10 +471,7 @@ def typeset_by_trdg(text, font):
     return None if cut else ink
 
 
-# --------------------------------------------------------------------------------------------------
-# EMNIST: single handwritten characters, the pieces of hands that need not be one person's
-
-
+# ---- EMNIST: single handwritten characters, the pieces of hands that need not be one person's
 @contextlib.contextmanager
 def downloading(what, remedy):
     """Give up on a silent server, and turn a failure into one line: the run goes on without."""
@@ -566,16 +526,7 @@ def emnist_class(split, character):
     return images, strokes / ink.max(2).sum(1).clip(1)
 
 
-def emnist_image(index, split):
-    """A character as EMNIST has it, dark on light, uint8 (28, 28), and its label."""
-    images, labels = emnist(split)
-    place = index if split == "train" else index // CYCLE  # none twice
-    return 255 - images[place], str(labels[place])
-
-
-# --------------------------------------------------------------------------------------------------
-# Pen strokes of UNIPEN's writers: downloaded and parsed once, then kept in one compact file
-
+# ---- Pen strokes of UNIPEN's writers: downloaded and parsed once, then kept in one compact file
 CATEGORIES = "1a 1b 1c 1d 7 8".split()  # digits, capitals, small letters, signs; words, texts
 MISCOUNTED = {"lou"}  # contributors who count components otherwise: their words come out cut
 PER_CHARACTER, PER_TEXT = 8, 2  # samples kept of one character, one word or text, of one writer
@@ -613,8 +564,7 @@ def download_unipen(folder):
     """Download the archives of Zenodo's record, unpack them below a folder, and find_unipen."""
     from torchvision.datasets.utils import download_and_extract_archive as download
 
-    with urllib.request.urlopen(UNIPEN_RECORD) as answer:
-        files = json.load(answer)["files"]
+    files = pd.read_json(UNIPEN_RECORD, typ="series")["files"]
     unpacked = folder.with_name("unipen.part")  # not found there if a run stops half-way
     for file in files:  # links end in /content: the archive's name, and so its type, is the key
         url, md5 = file["links"]["self"], file["checksum"].removeprefix("md5:")
@@ -626,9 +576,9 @@ def download_unipen(folder):
 def parse_unipen(root, target):
     """Parse the original files below root into one compact file, and say what was skipped."""
     contributors = sorted({path.name for path in root.glob("data/*/*")} - MISCOUNTED)
-    tasks = [(root, contributor) for contributor in contributors]
     look = dict(desc="reading UNIPEN", chunksize=1, disable=None)  # None: no bar in a log file
-    parts = process_map(parse, tasks, max_workers=workers_per_process(NUM_WORKERS), **look)
+    look["max_workers"] = workers_per_process(NUM_WORKERS)
+    parts = process_map(partial(parse, root), contributors, **look)
     samples = [sample for part, _ in parts for sample in part]
     if not samples:
         raise InputError(f"no pen strokes can be read in {root}")
@@ -648,9 +598,8 @@ def parse_unipen(root, target):
     print(f"UNIPEN: {len(samples):,} samples kept, skipped: {reasons}")
 
 
-def parse(task):
+def parse(root, contributor):
     """What is kept of a contributor's samples, Written, and a Counter of why others are not."""
-    root, contributor = task
     skipped, groups = Counter(), defaultdict(list)
     folders = [root / "data" / category / contributor for category in CATEGORIES]
     files = [path for folder in folders for path in folder.rglob("*") if path.is_file()]
@@ -696,16 +645,15 @@ def read_samples(path, root, skipped):
         if keyword in ("PEN_DOWN", "PEN_UP") and content:  # those without points do not count
             ink.append(content if keyword == "PEN_DOWN" else "")
         elif keyword == "SEGMENT":
-            segments.append(content)
+            # What, where, how good, and a label in quotation marks
+            segments += re.findall(r'^\w+\s+([\d:,-]+)\s+(\S+)\s+"((?:\\.|[^"\\])*)"', content)
         elif content:
             facts[keyword] = content.split()
     skipped["ink files missing"] += "MISSING" in facts
     contributor, [name, *_] = file.split("/")[1], facts.get("WRITER_ID", ["unknown"])
     writer = f"{contributor}/{re.sub('_[0-9]$', '', name)}"  # somebody's sessions: Name_1, Name_2
     scale = scale_of(facts)
-    for content in segments:
-        segment = re.match(r'\w+\s+([\d:,-]+)\s+(\S+)\s+"((?:\\.|[^"\\])*)"', content)
-        place, quality, label = segment.groups() if segment else ("", "BAD", "")
+    for place, quality, label in segments:
         # \@ marks what is crossed out, @_ what is no text, a leading @ a remark.
         bad = quality == "BAD" or r"\@" in label or "@_" in label or label.startswith("@ ")
         label = re.sub(r"\\(.)", r"\1", label)
@@ -801,12 +749,9 @@ def load_strokes():
     return Samples(steps, starts, np.split(points, ends[:-1]), writers, labels)
 
 
-class People(NamedTuple):
-    """What the writers of a split have written, as numbers of samples."""
-
-    texts: dict  # label -> its samples, of all writers
-    labels: list  # of every such sample
-    writers: list  # of each, character -> samples
+# What the writers of a split have written, as numbers of samples. texts: label -> its samples, of
+# all writers; labels: of every such sample; writers: of each, character -> samples.
+People = namedtuple("People", "texts labels writers")
 
 
 @cache
@@ -816,12 +761,11 @@ def people(split):
     for number, (writer, label) in enumerate(zip(samples.writers, samples.labels)):
         if split_of(writer.split("/")[-1]) != split:  # a person's, whoever collected the writing
             continue
-        if len(label) == 1:
-            writers.setdefault(writer, {}).setdefault(label, []).append(number)
-            continue
         # Held-out words stay so, in whoever's hand.
         words = re.findall("[A-Za-z]+'?[A-Za-z]+", label) if split == "train" else []
-        if all(split_of(word) == "train" for word in words):
+        if len(label) == 1:
+            writers.setdefault(writer, {}).setdefault(label, []).append(number)
+        elif all(split_of(word) == "train" for word in words):
             texts.setdefault(label, []).append(number)
     labels = [label for label, numbers in texts.items() for _ in numbers]
     return People(texts, labels, list(writers.values()))
@@ -881,26 +825,15 @@ def fit(strokes, left, top, width, height):
     # A bar keeps its slope and bends unless they are large beside it: some are drawn tiny.
     down = height * gauss(1, 0.1) / size[1] if height else min(across, 0.15 / size[1])
     corner = [left + gauss(0, 0.03), top + gauss(0, 0.03)]
-    return [
-        np.float32(STROKES_HEIGHT * ((stroke - low) * [across, down] + corner))
-        for stroke in strokes
-    ]
+    return [np.float32(STROKES_HEIGHT * ((s - low) * [across, down] + corner)) for s in strokes]
 
 
-# --------------------------------------------------------------------------------------------------
-# Hands: how one person writes. EMNIST's characters have one size for all, pen strokes have a size
-# but have lost their place, and signs come in stray sizes: what stands where is said here.
+# ---- Hands: how one person writes. EMNIST's characters have one size for all, pen strokes have
+# lost their place, and signs come in stray sizes: what stands where is said here.
 
-
-class Place(NamedTuple):
-    """How a character stands on its line, in heights of a capital."""
-
-    anchor: float  # the part of it that is placed: 0 its bottom, 1 its top
-    height: float  # how high above the baseline that part is
-    least: float  # how tall it is at least ...
-    most: float  # ... and at most; for a sign, its larger side
-
-
+# How a character stands on its line, in heights of a capital: which part of it is placed, 0 its
+# bottom, 1 its top, and how high above the baseline; how tall it is, or of a sign its larger side
+Place = namedtuple("Place", "anchor height least most")
 CAPITAL = Place(0, 0, 0.9, 1.2)
 PLACES = {
     "acemnorsuvwxz": Place(0, 0, 0.45, 0.9),
@@ -920,10 +853,7 @@ PLACES = {
     "√": Place(0.5, 0.5, 1, 1.5),
     "π": Place(0, 0, 0.5, 0.8),
 }
-
-
-def place_of(c):
-    return next((place for characters, place in PLACES.items() if c in characters), CAPITAL)
+PLACES = {c: place for characters, place in PLACES.items() for c in characters}
 
 
 class Hand(NamedTuple):
@@ -942,14 +872,12 @@ class Hand(NamedTuple):
     haste: float = 0  # the reach over which corners are rounded off
 
 
-def unreadable_by_hand(line):
-    """Whether nobody could read a Line's label: O is 0 where no word says otherwise."""
-    return line.alone and bool(set(line.label) & set("IlOo"))
+UNCLEAR = set("IlOo")  # by hand, where no word says otherwise
 
 
 def pick_emnist_hand(line):
     """A Hand of EMNIST's characters, or None for a label that nobody could read."""
-    if unreadable_by_hand(line):
+    if line.alone and UNCLEAR & set(line.label):
         return None
     shape = uniform(0.08, 0.16), gauss(0, 0.2), uniform(0.02, 0.1), uniform(-0.1, 0.3)
     return Hand(line.split, size_of_line(20, 34), *shape)
@@ -957,7 +885,7 @@ def pick_emnist_hand(line):
 
 def pick_writer(line):
     """A Hand of somebody who has written all letters and digits of a Line's label, or None."""
-    if unreadable_by_hand(line):
+    if line.alone and UNCLEAR & set(line.label):
         return None
     needed = set(line.label) & set(ALPHANUMERIC)
     some = random.choices(people(line.split).writers, k=40)  # of so many, one nearly always can
@@ -979,31 +907,19 @@ def vary_hand(samples, split):
     wide, slant, haste = 1, 0, 0
     if split == "train":
         wide, slant, haste = 2 ** uniform(-0.5, 0.4), gauss(0, 0.15), choice([0, uniform(0, 0.08)])
-    return Hand(
-        split,
-        size_of_line(20, 34),
-        stroke=choice([uniform(0.04, 0.07), uniform(0.05, 0.11)]),
-        slant=slant,
-        looseness=uniform(*choice([(0, 0.06), (0, 0.15)])),
-        spacing=uniform(*choice([(-0.08, 0.1), (0, 0.35), (0.1, 0.6)])),
-        samples=samples,
-        wide=wide,
-        joined=chance(0.4),
-        point=choice([0, 0, 0, 0, 0.4]),
-        haste=haste,
-    )
+    capital = size_of_line(20, 34)
+    stroke = choice([uniform(0.04, 0.07), uniform(0.05, 0.11)])
+    looseness = uniform(*choice([(0, 0.06), (0, 0.15)]))
+    spacing = uniform(*choice([(-0.08, 0.1), (0, 0.35), (0.1, 0.6)]))
+    habits = dict(wide=wide, joined=chance(0.4), point=choice([0, 0, 0, 0, 0.4]), haste=haste)
+    return Hand(split, capital, stroke, slant, looseness, spacing, samples, **habits)
 
 
-def vary_capitals(expression):
-    """An expression as some write it: sin and cos with a capital, x as large as X, but for exp."""
-    return re.sub(
-        "sin|cos|(?<!e)x", lambda m: m[0].capitalize() if chance(0.15) else m[0], expression
-    )
-
-
-def vary_nines(amount):
-    """An amount with 9 as a g or q, as people on some continents write it."""
-    return re.sub("9", lambda _: choice("9999gq"), amount)
+def vary_by_hand(text, mix):
+    """A text as some write it: sin, cos, x with a capital, but not exp; in amounts 9 as g or q."""
+    if mix == "math":
+        return re.sub("sin|cos|(?<!e)x", lambda m: m[0].title() if chance(0.15) else m[0], text)
+    return re.sub("9", lambda _: choice("9999gq"), text) if mix == "cheque" else text
 
 
 def compose(text, hand):
@@ -1045,15 +961,11 @@ def join(canvas, start, end, hand):
 
 
 def take_from_emnist(c, hand):
-    """Of several images of a character the one whose pen is most like the hand's.
-
-    Returns it, uint8 (h, w); how deep it reaches below the baseline in pixels; and None, where
-    write_character() has the ends of the pen's way. None where EMNIST has no such character.
-    """
+    """As write_character(), without ends: the one of some images whose pen is most like it."""
     images, strokes = emnist_class(hand.split, c)
     if not len(images):
         return None
-    place, some = place_of(c), random.choices(range(len(images)), k=8)
+    place, some = PLACES.get(c, CAPITAL), random.choices(range(len(images)), k=8)
     size = (place.least + place.most) / 2
     unlike = np.abs(np.log(strokes[some] * size / hand.stroke))  # (8,)
     glyph = images[some[int(unlike.argmin())]]  # (28, 28)
@@ -1082,7 +994,8 @@ def write_character(c, hand):
         strokes = samples and strokes_of(choice(samples))
     if not strokes:
         return None
-    place, (width, height) = place_of(c), np.ptp(np.concatenate(strokes), axis=0)
+    place = PLACES.get(c, CAPITAL)
+    width, height = np.ptp(np.concatenate(strokes), axis=0)
     size = max(1, height if c in ALPHANUMERIC else max(width, height))
     # A writer's capitals are 128 high in the median. Somebody else's sign has no size in this hand.
     tall = min(max(size / STROKES_HEIGHT, place.least), place.most)
@@ -1126,8 +1039,7 @@ def trace(strokes, scale, hand):
 
 def hurry(line, reach):
     """The way of a pen (points, 2), its corners and loops rounded off over a reach in pixels."""
-    steps = np.hypot(*np.diff(line, axis=0).T)  # (points - 1,)
-    along = np.append(0, steps.cumsum())
+    along = np.append(0, np.hypot(*np.diff(line, axis=0).T).cumsum())  # (points,)
     reach = min(reach, along[-1] / 12)  # a sign stays a sign
     if reach < 0.5:
         return line
@@ -1144,11 +1056,8 @@ def retrace(text, hand):
     return np.pad(glyph, hand.capital // 4).astype(np.float32) / 255
 
 
-# --------------------------------------------------------------------------------------------------
-# Effects: what the world does to a line. Each takes ink, float32 (H, W), and gives ink of any size;
-# most lengths are in parts of its height, so that an effect is the same at every size.
-
-
+# ---- Effects: what the world does to a line. Each takes ink, float32 (H, W), and gives ink of any
+# size; most lengths are in parts of its height, so that an effect is the same at every size.
 def effect(function):
     """Let a row of STYLES say blur(0.4, 0.9, share=0.5): a function of ink, for that share."""
 
@@ -1241,7 +1150,7 @@ def add_lines(ink, ends, tone=(0.3, 1), widths=(1, 1, 2)):
     return np.maximum(ink, mask.astype(np.float32) * (uniform(*tone) / 255))
 
 
-# ---- place and shape
+# ---- Effects on place and shape
 
 
 @effect
@@ -1319,7 +1228,7 @@ def arched(ink):
     return cv2.remap(ink[::side], *map(np.float32, back), cv2.INTER_LINEAR)[::side]  # (H, W)
 
 
-# ---- other ink
+# ---- Effects of other ink
 
 
 @effect
@@ -1390,7 +1299,7 @@ def busy(ink):
     return ink + (1 - np.abs(ink)) * uniform(0, 0.25) * ground
 
 
-# ---- how the ink lies
+# ---- Effects on how the ink lies
 
 
 @effect
@@ -1462,36 +1371,29 @@ def lettered(ink):
     return choice(looks) * (1 - choice([0, 0, 0.2, 0.4]) * clouds(ink.shape, 1))
 
 
-def give_tones(
-    ink, dark=(0, 110), light=(190, 255), grain=(0, 3, 6), light_on_dark=0, jpeg=None, paper=None
-):
+def give_tones(ink, dark=(0, 110), light=(190, 255), grain=(0, 3, 6), inverse=0, jpeg=(), shade=0):
     """Ink (H, W) of a tone on paper of another, with noise, as an image, uint8 (H, W).
 
-    light_on_dark: a share; jpeg: a range of qualities; paper: how unevenly it is lit, and the
-    least and most patches of light.
+    inverse: share of light on dark; jpeg: a range of qualities; shade: how unevenly it may be lit.
     """
     page = np.float32(randint(*light))
-    if paper:
-        shade, *patches = paper
-        page = page * (1 - uniform(0, shade) * clouds(ink.shape, uniform(*patches)))
+    if shade:
+        page = page * (1 - uniform(0, shade) * clouds(ink.shape, uniform(0.3, 1.2)))
     image = page * (1 - ink * (1 - randint(*dark) / 255)) + noise(ink.shape, choice(grain))
     image = image.clip(0, 255).round().astype(np.uint8)
-    image = 255 - image if chance(light_on_dark) else image
+    image = 255 - image if chance(inverse) else image
     if jpeg:
         coded = cv2.imencode(".jpg", image, [cv2.IMWRITE_JPEG_QUALITY, randint(*jpeg)])[1]
         image = cv2.imdecode(coded, cv2.IMREAD_GRAYSCALE)
     return image
 
 
-# --------------------------------------------------------------------------------------------------
-# Styles: how a line looks in the real world. A row less is a style less.
-
-
+# ---- Styles: how a line looks in the real world. A row less is a style less.
 class Style(NamedTuple):
     weight: float  # how often, against the others of its kind
     effects: list  # what is done to the ink, one after the other
     tones: dict = {}  # see give_tones()
-    texts: str = ""  # a mix of MIXES, else that of the source
+    texts: str = ""  # a mix of MIXES or one kind of text, else as the source has it
     fonts: str = ""  # a pattern for the names of font files
     cells: bool = False  # characters are set one by one, in the boxes of a form
 
@@ -1502,12 +1404,10 @@ NARROW = "condensed|narrow|mono|oswald|teko|league|abel|dosis"
 LIGHT = dict(light=(205, 255))
 CLEAN = dict(dark=(0, 90), light=(205, 255))
 FAINT = dict(dark=(40, 150), light=(215, 250))
-SNAPSHOT = dict(
-    dark=(13, 128), light=(140, 250), grain=(2, 5, 9), jpeg=(20, 75), paper=(0.5, 0.3, 1.2)
-)
-PLATE = dict(dark=(0, 130), light=(130, 255), grain=(0, 2, 5), light_on_dark=0.5)
+SNAPSHOT = dict(dark=(13, 128), light=(140, 250), grain=(2, 5, 9), jpeg=(20, 75), shade=0.5)
+PLATE = dict(dark=(0, 130), light=(130, 255), grain=(0, 2, 5), inverse=0.5)
 SLIP = dict(dark=(0, 150), light=(195, 255), grain=(0, 2, 6, 14), jpeg=(30, 95))
-SIGN = dict(dark=(0, 120), light=(150, 255), grain=(0, 0, 3), light_on_dark=0.6, jpeg=(25, 90))
+SIGN = dict(dark=(0, 120), light=(150, 255), grain=(0, 0, 3), inverse=0.6, jpeg=(25, 90))
 
 # Effects that several styles share
 PRESS = bold(0, 0.06, share=0.4)
@@ -1534,7 +1434,7 @@ STYLES = {
         "scanned": Style(4, [stretched(), *SCAN, clipped(share=0.2)], SLIP, "receipt"),
         "label": Style(2, [PRESS, room(), form_lines([4], share=0.35)], PLATE, "label"),
         "sign": Style(6, [stretched(), arched(share=0.15), *BOARD], SIGN, "sign"),
-        "letter": Style(3, [bold(0, 0.1, share=0.5), framed(), *CUT_OUT, *BOARD], SIGN, "letter"),
+        "letter": Style(3, [bold(0, 0.1, share=0.5), framed(), *CUT_OUT, *BOARD], SIGN, "large"),
         "display": Style(2, [*SEGMENTS, blur(), snapped(share=0.5)], PLATE, "display", "dseg"),
     }
     | EVERYWHERE,
@@ -1560,15 +1460,12 @@ def pick_style(source):
     return name, styles[name]
 
 
-# --------------------------------------------------------------------------------------------------
-# Images
-
-
+# ---- Images
 class Source(NamedTuple):
     kind: str  # of what it is drawn with, and so of its styles
     pick: object  # gives a Font or a Hand for a Line, or None
     pen: object  # draws a whole label; None: EMNIST's images as they are
-    texts: str  # a mix of MIXES
+    texts: str  # a mix of MIXES or one kind of text
     cell_pen: object = None  # draws characters one by one in cells, if any
 
 
@@ -1585,15 +1482,9 @@ SOURCES = {
 }
 
 
-class Line(NamedTuple):
-    """What is to be drawn, decided before anything is."""
-
-    label: str
-    alone: bool  # no word around its characters tells O from 0
-    split: str
-    source: Source
-    style: Style
-    texts: str  # the mix that the label is of
+# What is to be drawn, decided before anything is. alone: no word around its characters tells O from
+# 0; texts: the mix that the label is of.
+Line = namedtuple("Line", "label alone split source style texts")
 
 
 def sample(source, index):
@@ -1603,13 +1494,15 @@ def sample(source, index):
     """
     random.seed(f"{SEED} {source} {index}")  # a string's seed is the same on every platform
     row, split = SOURCES[source], {1: "val", 2: "test"}.get(index % CYCLE, "train")
-    if row.pen is None:
-        return *emnist_image(index, split), split, "plain"
+    if row.pen is None:  # a character as EMNIST has it, none twice
+        images, labels = emnist(split)
+        place = index if split == "train" else index // CYCLE
+        return 255 - images[place], str(labels[place]), split, "plain"
     for _ in range(TRIES):
         name, style = pick_style(row)
         # Expressions stay expressions in every style.
         texts = style.texts if style.texts and row.cell_pen else row.texts
-        label, alone = pick_text(MIXES[texts], split)
+        label, alone = pick_text(MIXES.get(texts, {texts: 1}), split)
         if not acceptable(label):
             continue
         framed_close = "framed" in [step.__name__ for step in style.effects]
@@ -1628,15 +1521,13 @@ def is_readable(image, label):
     """Whether the network sees ink in an image, and has frames for all of its label."""
     # As an array: torch's threads hang in a forked worker, and a wide line stopped a run for good.
     seen = crnn.load_image(image).numpy()  # (HEIGHT, W)
-    full_stop = 3  # pixels of ink at least
-    return crnn.fits(label, seen) and int((seen < 128).sum()) >= full_stop
+    return crnn.fits(label, seen) and int((seen < 128).sum()) >= 3  # pixels: a full stop
 
 
 def draw(line, tool):
     """A Line by a Font or a Hand, from pen to tones: an image, uint8 (H, W), or None."""
     label, source, style = line.label, line.source, line.style
-    vary = {"math": vary_capitals, "cheque": vary_nines}.get(line.texts, str)
-    text = vary(label) if source.pen is compose else label
+    text = vary_by_hand(label, line.texts) if source.pen is compose else label
     # One by one, as into the boxes of a form, or as a whole: ink (h, w) each
     inks = [source.cell_pen(c, tool) for c in label] if style.cells else [source.pen(text, tool)]
     if any(ink is None for ink in inks):
@@ -1656,18 +1547,10 @@ def finish(ink, style):
     return give_tones(ink, **style.tones)
 
 
-# --------------------------------------------------------------------------------------------------
-# Drawing, a chunk at a time. It is done when its csv, written last, is there with the present mark.
+# ---- Drawing, a chunk at a time. It is done when its csv, written last, has the present mark.
 
-
-class Chunk(NamedTuple):
-    """A task for a worker: so many images of a source from index start on."""
-
-    source: str
-    start: int
-    number: int
-    mark: str
-    csv: Path
+# A task for a worker: so many images of a source from index start on
+Chunk = namedtuple("Chunk", "source start number mark csv")
 
 
 def find_mark():
@@ -1696,12 +1579,9 @@ def rows_of(chunk):
     return None
 
 
-def use_constants(constants):
-    globals().update(constants)
-
-
-def draw_chunk(chunk):
+def draw_chunk(constants, chunk):
     """Draw a chunk's images and, when all are there, write its csv. Runs in the workers."""
+    globals().update(constants)
     cv2.setNumThreads(1)  # there is a worker to a processor already
     chunk.csv.parent.mkdir(parents=True, exist_ok=True)
     chunk.csv.unlink(missing_ok=True)  # its labels belong to the former images
@@ -1732,19 +1612,16 @@ def draw_all(counts):
     cv2.setNumThreads(1)  # before the fork: a worker would wait for ever for threads left behind
     # A spawned worker has imported the constants as written in this file: it is given the present.
     constants = {name: globals()[name] for name in [*SHAPING, "FONTS_DIR", "DATASETS_DIR"]}
-    pool = ProcessPoolExecutor(workers, initializer=use_constants, initargs=[constants])
+    pool = ProcessPoolExecutor(workers)
     bar = crnn.progress(desc="drawing", total=sum(chunk.number for chunk in mine))
     with pool, bar:
-        for number in (pool.map if workers > 1 else map)(draw_chunk, mine):
+        for number in (pool.map if workers > 1 else map)(partial(draw_chunk, constants), mine):
             bar.update(number)
     crnn.wait_for_all()  # all have drawn
     return chunks, sum(chunk.number for chunk in missing)
 
 
-# --------------------------------------------------------------------------------------------------
-# What can be drawn, and what is written
-
-
+# ---- What can be drawn, and what is written
 def find_kinds(wanted):
     """The kinds of what can be drawn with here, of those that are wanted."""
     fonts, notes = find_fonts()
@@ -1775,14 +1652,12 @@ def count_images():
     kinds = find_kinds(set().union(*kinds_of.values()))
     for source, needed in kinds_of.items():
         for kind in sorted(needed - kinds):
-            data = kind in (EMNIST, STROKES)
-            needs = kind if data else f"two families of {kind} in {FONTS_DIR}"
+            needs = f"two families of {kind} in {FONTS_DIR}" if "fonts" in kind else kind
             print(f"{source} is skipped: it needs {needs}")
             counts.pop(source, None)
     if "emnist_images" in counts:  # no character twice
-        have = {split: len(emnist(split)[1]) for split in SPLITS}
-        most = min(have["train"], CYCLE * have["val"], CYCLE * have["test"])
-        counts["emnist_images"] = min(counts["emnist_images"], most)
+        most = [len(emnist(s)[1]) * (1 if s == "train" else CYCLE) for s in SPLITS]
+        counts["emnist_images"] = min(counts["emnist_images"], *most)
     if not counts:
         raise InputError("nothing to draw: set a number in NUM_IMAGES, see also the lines above")
     return counts
@@ -1792,16 +1667,15 @@ def custom_rows():
     """The rows of labels.csv in datasets/custom and in its folders, in the form of data.csv."""
     datasets, parts = Path(DATASETS_DIR), [pd.DataFrame(columns=COLUMNS)]
     folder = datasets / "custom"
-    paths = [*folder.glob("labels.csv"), *sorted(folder.glob("*/labels.csv"))]
+    paths = [*sorted(folder.glob("labels*.csv")), *sorted(folder.glob("*/labels*.csv"))]
     if folder.is_dir() and not paths:
         print(f"{folder.as_posix()} is skipped: it has no labels.csv with image_path,label")
     for path in paths:
         rows = crnn.read_labels(path)
-        if "source" not in rows:
-            rows["source"] = path.parent.name
-        rows = crnn.add_split(rows).assign(style="custom")
-        place = path.parent.relative_to(datasets).as_posix()
-        rows["image_path"] = place + "/" + rows.image_path.str.replace("\\", "/")
+        rows = rows.assign(source=rows.get("source", path.parent.name), style="custom")
+        rows = crnn.add_split(rows)
+        images = [os.path.relpath(image, datasets) for image in crnn.image_paths(rows, path)]
+        rows["image_path"] = [Path(image).as_posix() for image in images]
         parts.append(rows[COLUMNS])
     return pd.concat(parts, ignore_index=True)
 

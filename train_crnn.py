@@ -10,12 +10,10 @@ and history.csv and training_curves.png beside it. Stop with Ctrl-C at any time;
 
 import math
 import os
-import tempfile
 import time
 import unicodedata
 import zlib
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -23,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
+from torch.utils.data import TensorDataset
 from tqdm.contrib.concurrent import thread_map
 
 import crnn
@@ -77,20 +76,19 @@ def recipe():
     return FINE_TUNE if INIT_WEIGHTS else FROM_NOTHING
 
 
-# --------------------------------------------------------------------------------------------------
-# Data
-
-
+# ---- Data
 def read_rows(known):
     """All rows of DATA_CSV, and the Charset of the known characters and those of their labels."""
     rows = crnn.add_split(crnn.read_labels(DATA_CSV))
     unknown_splits = sorted(set(rows.split) - {"train", "val", "test"})
     if unknown_splits:
         raise InputError(f"{DATA_CSV} has the split {unknown_splits[0]!r}: use train, val or test")
-    in_training = [set(label) for label in rows.label[rows.split == "train"]]
-    counts = pd.Series([c for label in in_training for c in label], dtype=str).value_counts()
+    counts = rows.label[rows.split == "train"].map(set).explode().value_counts()
     new = sorted(c for c, n in counts.items() if n >= MIN_CHARACTER_ROWS and c not in known)
     new = [c for c in new if not is_control(c)]
+    if not (rows.split == "train").any():
+        fell = "all fell to val or test: add a column split"
+        raise InputError(f"{DATA_CSV} has no training labels, {fell}")
     if not known and not new:
         few = f"MIN_CHARACTER_ROWS = {MIN_CHARACTER_ROWS}"
         raise InputError(f"{DATA_CSV} has no training labels: {few} of them must share a character")
@@ -120,26 +118,15 @@ def reason_to_skip(label, image, reason, charset):
     return None, ""
 
 
-class Bucket(NamedTuple):
-    """Training images of one padded width, so that a batch is one indexing."""
-
-    images: torch.Tensor  # uint8 (n, 1, HEIGHT, W), 255 = paper
-    targets: torch.Tensor  # int64 (n, longest), filled up with BLANK
-    lengths: torch.Tensor  # int64 (n,), of the targets
-
-
 def load_rows(rows, charset):
-    """Decode the images of rows. Returns Buckets of the train rows, and the val and test rows.
+    """Decode the images of rows. Returns buckets of the train rows, and the val and test rows.
 
     The latter two are DataFrames with a column image, uint8 (HEIGHT, W).
     """
     paths = crnn.image_paths(rows, DATA_CSV)
     bar = dict(desc="reading images", unit="img", disable=rank() > 0 or None)
     loaded = thread_map(crnn.try_load, paths, max_workers=NUM_THREADS, **bar)
-    reasons = [
-        reason_to_skip(label, image, reason, charset)
-        for label, (image, reason) in zip(rows.label, loaded)
-    ]
+    reasons = [reason_to_skip(label, *seen, charset) for label, seen in zip(rows.label, loaded)]
     rows = rows.assign(image=[image for image, _ in loaded])
     rows["reason"], rows["particulars"] = zip(*reasons)
     report_data(rows, charset)
@@ -155,13 +142,14 @@ def load_rows(rows, charset):
 
 
 def make_bucket(rows, charset):
-    """A Bucket of rows whose images have one padded width."""
-    targets = [charset.encode(label) for label in rows.label]
-    padded = torch.full((len(rows), max(map(len, targets))), BLANK)  # (n, longest)
-    for row, target in zip(padded, targets):
-        row[: len(target)] = torch.tensor(target)
-    images = torch.stack([crnn.pad(image) for image in rows.image])[:, None]  # (n, 1, HEIGHT, W)
-    return Bucket(images, padded, torch.tensor([len(target) for target in targets]))
+    """Rows whose images have one padded width, as a dataset of images, targets and lengths.
+
+    uint8 (n, 1, HEIGHT, W), 255 = paper; int64 (n, longest), filled up with BLANK; and int64 (n,).
+    """
+    targets = [torch.tensor(charset.encode(label)) for label in rows.label]
+    padded = nn.utils.rnn.pad_sequence(targets, batch_first=True, padding_value=BLANK)
+    images = torch.stack([crnn.pad(image) for image in rows.image])[:, None]
+    return TensorDataset(images, padded, torch.tensor([len(target) for target in targets]))
 
 
 def report_data(rows, charset):
@@ -192,7 +180,7 @@ def shuffle_batches(buckets, generator):
     """(bucket, indices) of every batch of an epoch in random order; each process has its share."""
     batches = []
     for bucket in buckets:
-        order = torch.randperm(len(bucket.images), generator=generator)
+        order = torch.randperm(len(bucket), generator=generator)
         batches += [(bucket, indices) for indices in order.split(BATCH_SIZE)]
     # All processes shuffle alike, so that each has its part of the same batch; where the last of a
     # bucket is too small for that, its images are taken twice.
@@ -202,16 +190,8 @@ def shuffle_batches(buckets, generator):
         yield bucket, indices[rank() :: world_size()]
 
 
-# --------------------------------------------------------------------------------------------------
-# Augmentation: random changes to a whole batch of ink (N, 1, H, W) at once. Not inverted, since
-# load_image makes dark ink on light paper of every image.
-
-
-def augment(ink, strength):
-    """Ink (N, 1, H, W) moved, bent and worn, each line in its own way."""
-    return wear(move(ink, strength), strength)
-
-
+# ---- Augmentation: random changes to a whole batch of ink (N, 1, H, W) at once. Never inverted:
+# all that load_image makes is dark ink on light paper.
 def spread(n, strength, like):
     """A random number from -strength to strength for each of n lines, (n, 1, 1, 1)."""
     return (torch.rand(n, 1, 1, 1, device=like.device) * 2 - 1) * strength
@@ -227,9 +207,8 @@ def move(ink, strength):
     n, _, height, width = ink.shape
     ratio = width / height  # grid_sample counts both axes from -1 to 1
     limits = torch.tensor([0.04, 0.25, 0.07, 0.12, 1, 1], device=ink.device) * strength
-    angle, slant, scale_x, scale_y, x, y = (
-        (torch.rand(n, 6, device=ink.device) * 2 - 1) * limits  # radians, columns per row, scales
-    ).T  # (N, 6) -> six of (N,)
+    moves = (torch.rand(n, 6, device=ink.device) * 2 - 1) * limits  # (N, 6)
+    angle, slant, scale_x, scale_y, x, y = moves.T  # radians, columns per row, parts; (N,) each
     scale_x, scale_y = 1 + 0.05 * strength + scale_x, 1 + 0.06 * strength + scale_y  # most smaller
     # Shifted within the room so made: what is moved out of the image would still be in the label.
     x, y = x * (scale_x - 1).relu(), y * ((scale_y - 1).relu() + 0.04)
@@ -241,9 +220,10 @@ def move(ink, strength):
     return F.grid_sample(ink, grid + bend.permute(0, 2, 3, 1), align_corners=False)  # (N, 1, H, W)
 
 
-def wear(ink, strength):
-    """Ink (N, 1, H, W) thicker or thinner, on ruled paper, blurred or sharp, faint and noisy."""
+def augment(ink, strength):
+    """Ink (N, 1, H, W) moved, thicker or thinner, ruled, blurred or sharp, faint and noisy."""
     n, _, height, width = ink.shape
+    ink = move(ink, strength)
     weight = (spread(n, strength, ink) - 0.1) * choose(n, 0.5, ink)
     thicker, thinner = combine3x3(ink, torch.maximum), combine3x3(ink, torch.minimum)
     ink = ink + weight.clamp(min=0) * 0.6 * (thicker - ink)
@@ -296,10 +276,7 @@ def combine3x3(x, combine):
     return combine(combine(x[..., :-2, :], x[..., 1:-1, :]), x[..., 2:, :])  # (N, 1, H, W)
 
 
-# --------------------------------------------------------------------------------------------------
-# Optimizers
-
-
+# ---- Optimizers
 class Muon(torch.optim.Optimizer):
     """Momentum with orthogonal updates (Keller Jordan 2024, kellerjordan.github.io/posts/muon).
 
@@ -352,20 +329,16 @@ def make_optimizers(net, steps):
     others = [p for p in net.parameters() if not any(p is matrix for matrix in matrices)]
     rates = recipe()["matrix_learning_rate"], recipe()["learning_rate"]
     adamw = torch.optim.AdamW(others, rates[1], weight_decay=WEIGHT_DECAY, fused=True)
-    optimizers = dict(muon=Muon(matrices, rates[0]), adamw=adamw)
+    parts = dict(muon=Muon(matrices, rates[0]), adamw=adamw)
     cycle = dict(total_steps=steps + 1, pct_start=WARM_UP, cycle_momentum=False)
-    parts = dict(optimizers)
-    for rate, (name, optimizer) in zip(rates, optimizers.items()):
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, **cycle)
+    for name, rate in zip(("muon", "adamw"), rates):
+        schedule = torch.optim.lr_scheduler.OneCycleLR(parts[name], rate, **cycle)
         parts[f"{name} schedule"] = schedule
     half = crnn.compute_dtype(torch.device(DEVICE).type, PRECISION) == torch.float16
     return parts | dict(scaler=torch.amp.GradScaler(torch.device(DEVICE).type, enabled=half))
 
 
-# --------------------------------------------------------------------------------------------------
-# Training
-
-
+# ---- Training
 class WithShortcut(nn.Module):
     """The CRNN and, if the recipe weights it, a second CTC head on the features of its CNN."""
 
@@ -414,9 +387,7 @@ def freeze_norms(model, average, epoch, epochs):
     At the statistics of the average: a model's own are mostly of the widths of its last batches.
     """
     learning = epochs * (1 - recipe()["frozen_norms"])  # epochs in which they still learn
-    if not INIT_WEIGHTS:
-        learning = max(1, learning)  # a new network has no averages to use yet
-    if epoch > learning:
+    if epoch > learning and (INIT_WEIGHTS or epoch > 1):  # a new network has no averages at first
         for layer, mean in zip(model.modules(), average.modules()):
             if isinstance(layer, nn.BatchNorm2d):
                 layer.load_state_dict(layer.state_dict() | dict(mean.named_buffers()))
@@ -437,7 +408,7 @@ def average_in(means, weights, steps):
 
 
 def train_step(net, parts, images, targets, lengths):
-    """One step on uint8 images (N, 1, H, W) and their targets, see Bucket. Returns the loss."""
+    """One step on images (N, 1, H, W) and their targets, see make_bucket. Returns the loss."""
     device = next(net.parameters()).device
     dtype = crnn.compute_dtype(device.type, PRECISION)
     ink = crnn.to_ink(images.to(device))  # (N, 1, H, W)
@@ -454,8 +425,7 @@ def train_step(net, parts, images, targets, lengths):
     frames, targets = torch.full((len(ink),), len(log_probs[0])), targets.to(device)
     losses = [F.ctc_loss(each, targets, frames, lengths, blank=BLANK) for each in log_probs]
     optimizers, scaler = (parts["muon"], parts["adamw"]), parts["scaler"]
-    for optimizer in optimizers:
-        optimizer.zero_grad(set_to_none=True)
+    net.zero_grad()
     scaler.scale(losses[0] + recipe()["shortcut_weight"] * sum(losses[1:])).backward()
     for optimizer in optimizers:
         scaler.unscale_(optimizer)
@@ -477,7 +447,7 @@ def train_epoch(net, parts, buckets, epoch, epochs):
     losses, count = [], sum(len(indices) for _, indices in batches)
     with crnn.progress(total=count, desc=f"epoch {epoch}/{epochs}", leave=False) as bar:
         for bucket, indices in batches:
-            losses.append(train_step(net, parts, *(tensor[indices] for tensor in bucket)))
+            losses.append(train_step(net, parts, *bucket[indices]))
             parts["muon schedule"].step()
             parts["adamw schedule"].step()
             parts["average"].update_parameters(model)
@@ -513,10 +483,7 @@ def calibrate(confidences, correct):
     return tuple(weights.tolist())
 
 
-# --------------------------------------------------------------------------------------------------
-# Outputs: the model, the state to resume from, history.csv and training_curves.png
-
-
+# ---- Outputs: the model, the state to resume from, history.csv and training_curves.png
 def resume_path():
     """Where the state after the last complete epoch is."""
     return Path(MODEL_PATH).with_suffix(".resume.pth")
@@ -539,28 +506,19 @@ def save_if_best(state, model, exact, cer, rows):
     state["best"], state["saved"] = exact, True
 
 
-def fingerprint(rows, steps):
-    """What must be the same for a resumed training to reach the same weights: rows and steps."""
-    text = rows[["image_path", "label", "split"]].to_csv(index=False)
-    return f"{zlib.crc32(text.encode()):08x} {steps} {SEED}"
-
-
 def load_state(expected, parts):
     """Put the parts back as they were saved. Returns the state, if its fingerprint is expected."""
     path, remedy = resume_path(), "set RESUME = False to train from the start"
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
-        if saved["fingerprint"] != expected:
-            raise InputError(
-                f"RESUME: {path} has other data or constants: restore them, or {remedy}"
-            )
-        for name, part in parts.items():
-            part.load_state_dict(saved.pop(name))
-    except InputError:
-        raise
+        if saved["fingerprint"] == expected:
+            for name, part in parts.items():
+                part.load_state_dict(saved.pop(name))
     except Exception as error:  # torch.load raises pickle, zip, key and runtime errors
         reason = type(error).__name__
         raise InputError(f"RESUME: {path} cannot be used ({reason}): {remedy}") from None
+    if saved["fingerprint"] != expected:
+        raise InputError(f"RESUME: {path} has other data or constants: restore them, or {remedy}")
     print(f"resuming after epoch {saved['epoch']}")
     return saved
 
@@ -572,27 +530,24 @@ def write_history(history, curves):
         table.drop(columns="losses").to_csv(temporary, float_format="%.5g", lineterminator="\n")
     if not curves:
         return
-    import matplotlib
+    from matplotlib.figure import Figure  # not pyplot, which may open a window
 
-    matplotlib.use("Agg")  # no window
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(1, 3, figsize=(15, 4), layout="constrained")
+    figure = Figure(figsize=(15, 4), layout="constrained")
+    axes = figure.subplots(1, 3)
     losses = pd.Series(sum(table.losses, []))
     losses.index = (losses.index + 1) / len(losses) * len(table)  # in epochs
-    smooth = losses.rolling(max(1, len(losses) // len(table) // 20)).mean()
-    smooth.plot(ax=axes[0], logy=True, title="training: CTC loss per character")
+    axes[0].semilogy(losses.rolling(max(1, len(losses) // len(table) // 20)).mean())
+    axes[0].set_title("training: CTC loss per character")
     for ax, measure in zip(axes[1:], ("exact", "CER")):
-        columns = 100 * table.filter(regex=f"^{measure} ")
-        columns.columns = [name.removeprefix(measure) for name in columns]
-        columns.plot(ax=ax, marker="o", legend=False, title=f"validation: {measure}, %")
+        for name, shares in table.filter(regex=f"^{measure} ").items():
+            ax.plot(100 * shares, marker="o", label=name.removeprefix(measure))
+        ax.set_title(f"validation: {measure}, %")
     axes[2].legend(loc="center left", bbox_to_anchor=(1, 0.5))  # outside: sources can be many
     for ax in axes:
         ax.set_xlabel("epoch")
         ax.grid(alpha=0.3)
     with whole_file(folder / "training_curves.png") as temporary:
         figure.savefig(temporary, format="png", dpi=80)
-    pyplot.close(figure)
 
 
 def end_epoch(state, net, parts, losses, started, val, rows, epochs):
@@ -663,12 +618,11 @@ def finish(state, device, val, test):
 def main():
     """Train, save the best epoch, and score it on the test rows."""
     device = start_processes()
-    Path(MODEL_PATH).parent.mkdir(parents=True, exist_ok=True)
-    tempfile.TemporaryFile(dir=Path(MODEL_PATH).parent).close()  # fails now, not after an epoch
+    crnn.check_output(MODEL_PATH, "MODEL_PATH")
     known = crnn.load_checkpoint(INIT_WEIGHTS).charset.characters if INIT_WEIGHTS else ""
     rows, charset = read_rows(known)
     buckets, val, test = load_rows(rows, charset)
-    number = sum(math.ceil(len(bucket.images) / BATCH_SIZE) for bucket in buckets)
+    number = sum(math.ceil(len(bucket) / BATCH_SIZE) for bucket in buckets)
     epochs = max(EPOCHS, math.ceil(MIN_STEPS / number))
 
     net = WithShortcut(make_model(charset)).to(device)
@@ -679,7 +633,9 @@ def main():
     print(f"{weights}, {epochs} epochs of {number:,} batches on {device} in {dtype}")
 
     state = dict(epoch=0, best=-1.0, saved=False, seconds=0.0, history=[])
-    state["fingerprint"] = fingerprint(rows, epochs * number)
+    # What must be the same for a resumed training to reach the same weights
+    text = rows[["image_path", "label", "split"]].to_csv(index=False)
+    state["fingerprint"] = f"{zlib.crc32(text.encode()):08x} {epochs * number} {SEED}"
     if RESUME:
         state = load_state(state["fingerprint"], dict(net=net, **parts))
     elif INIT_WEIGHTS and rank() == 0:  # only the first process compares

@@ -182,7 +182,7 @@ def test_exif_rotation_is_undone(tmp_path):
 
 
 KINDS = "uint8 uint16 int64 float64 float32 to_255 bool colour one_channel channels_first "
-KINDS += "bytes memoryview stream"
+KINDS += "bytes memoryview stream encoded mask overshot colour16"
 
 
 @pytest.mark.parametrize("kind", KINDS.split())
@@ -197,7 +197,9 @@ def test_what_other_programs_hand_over_is_an_image(kind):
     )
     images |= dict(bool=grey > 128, colour=np.repeat(grey[..., None], 3, 2))
     images |= dict(one_channel=grey[..., None], bytes=file.getvalue(), stream=file)
-    images |= dict(memoryview=file.getbuffer())
+    images |= dict(memoryview=file.getbuffer(), encoded=np.frombuffer(file.getvalue(), np.uint8))
+    images |= dict(mask=(grey > 128).astype(np.uint8), overshot=grey / 255 * 1.15)
+    images |= dict(colour16=np.repeat(grey[..., None], 3, 2).astype(np.uint16) * 257)
     images |= dict(channels_first=torch.from_numpy(grey / 255).expand(3, -1, -1))
     image, reason = crnn.try_load(images[kind])
     assert distance(image) < 12
@@ -209,6 +211,10 @@ def test_what_is_no_image_is_refused_in_one_line(wrong):
     image, reason = crnn.try_load(wrong)
     assert image is None
     assert "not finite numbers (H, W)" in reason
+
+
+def test_negative_numbers_are_no_tones():
+    assert "negative numbers" in crnn.try_load(np.full((9, 40), -2.0))[1]
 
 
 def test_a_stray_pixel_is_no_range_of_tones():
@@ -497,6 +503,8 @@ def test_a_lexicon_is_read_by_and_what_it_lacks_is_doubted(shipped, tmp_path, ca
     assert digits.lexicon == ("12",)
     with pytest.raises(InputError, match="no text that can be read"):
         crnn.know(shipped.charset, None, ["é"])
+    with pytest.raises(InputError, match="a list of texts"):
+        crnn.know(shipped.charset, None, ["Total", None])
     with pytest.raises(InputError, match="missing.txt is not a text file"):
         crnn.know(shipped.charset, None, tmp_path / "missing.txt")
 
@@ -583,6 +591,7 @@ UNUSABLE = {  # what reads it, its content, and what the error is to say
     "csv without rows": (read_labels, b"image_path,label\n", "no rows"),
     "csv without labels": (read_labels, b"image_path,text\na,b\n", "no column label"),
     "malformed csv": (read_labels, b'image_path,label\na,b,c,d\n1,2\n"', "cannot be read"),
+    "line break": (read_labels, b'image_path,label\na,"b\rc"\n', "row 1: a label of several lines"),
     "open quotation mark": (read_labels, b'image_path,label\na,"b\nc,d\n"', "row 1: .*quotation"),
     "not UTF-8": (read_labels, b"image_path,label\na.png,\xff\xfe\n", "cannot be read"),
 }
@@ -629,6 +638,8 @@ def test_labels_are_spelt_in_one_way_and_backslashes_lead_to_images(tmp_path):
     rows = read_labels(tmp_path / "own.csv")
     assert list(rows.label) == ["café", "a b"]
     assert crnn.image_paths(rows, tmp_path / "own.csv") == [tmp_path / "a" / "b.png"] * 2
+    (tmp_path / "own.csv").write_text('Image_Path, Label\na.png, "b\u2009c\t"\n', encoding="utf-8")
+    assert list(read_labels(tmp_path / "own.csv").label) == ["b c"]
 
 
 def test_a_label_is_in_one_split_unless_it_must_be_learned():

@@ -60,8 +60,25 @@ def test_recognize_takes_paths_images_and_arrays(infer, checkpoint, line, tmp_pa
         assert [reading.text for reading in infer.recognize(single)] == [same[0].text]
     assert len(infer.recognize(np.stack([image] * 6))) == 6
     assert infer.recognize(iter([line]), lexicon=np.array(["x"]))[0].text == "x"
-    assert infer.recognize(None) == [None]  # cv2.imread of a missing file
+    assert infer.recognize(None) == infer.recognize(5) == [None]  # cv2.imread of a missing file
     assert len(infer.recognize(torch.zeros(3, 32, 64))) == 1
+    shown = image.copy()  # one object that is changed in place, as PIL's iterator of pages does
+    frames = (shown.paste(page) or shown for page in (image, line_image("o")))
+    assert infer.recognize(frames)[0].text == same[0].text
+
+
+def test_reading_changes_no_model_that_learns(infer, checkpoint, line):
+    model = load_checkpoint(checkpoint, learn=True)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    assert infer.recognize(line, model)[0].text == infer.recognize(line)[0].text
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_readings_are_kept_when_nobody_reads_what_is_printed(infer, line, monkeypatch):
+    show = Mock(side_effect=BrokenPipeError)  # as after | head
+    infer.set(show=show)
+    infer.main([line])
+    assert len(predictions(infer)) == show.call_count == 1
 
 
 def test_reads_images_folders_and_csv(infer, line, tmp_path, capsys):
@@ -164,7 +181,7 @@ def test_a_form_has_fields_of_several_kinds(infer, checkpoint, tmp_path):
     (tmp_path / "names.txt").write_text("Rg7\nOther\n")
     columns = dict(allowed=["0123456789", "", ""], lexicon=["", "names.txt", ""])
     path = write_csv(tmp_path, ["R7", "Rg7", "R7"], name="form.csv", **columns)
-    infer.set(ALLOWED="R7gOthe")
+    infer.set(ALLOWED=list("R7gOthe"))
     infer.main([str(path)])
     rows = predictions(infer)
     assert set(rows.prediction[0]) <= set("0123456789")
@@ -188,6 +205,7 @@ def test_a_folder_says_what_it_passes_over(infer, line, tmp_path, capsys):
         line_image("Rg7").save(folder / name, "JPEG" if "j" in name else None)
     for name in ("._a.jfif", "c.pdf", "d.pdf", "notes.txt"):
         (folder / name).touch()
+    shutil.copytree(folder, folder / ".hidden")
     assert infer.main([str(folder)]) == 0
     assert "3 files passed over that are no images: .pdf .txt" in capsys.readouterr().out
     assert len(predictions(infer)) == 2
@@ -268,7 +286,8 @@ REMEDIES = [
     ("DATA_CSV", "train.csv", "has no test rows"),
     ("PREDICTIONS_CSV", "bad.csv/predictions.csv", "cannot write"),
     ("ONNX_PATH", "model.onnx", "pip install onnx onnxscript"),
-    ("argument", "empty", "holds no images"),
+    ("PREDICTIONS_CSV", "empty", "PREDICTIONS_CSV = .*empty' is no file"),
+    ("argument", "empty", "no images to read"),
     ("argument", "bad.csv", "no column label"),
 ]
 
