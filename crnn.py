@@ -673,7 +673,8 @@ def read_images(model, images, batch_size, known=None):
         for i, reading in zip(again, seen):
             readings[i] = max(readings[i], reading, key=lambda reading: reading.confidence)
     for i, reading in enumerate(readings):
-        if not reading.text and looks_written(images[i]):  # nothing found: several lines, a column
+        several = len(reading.text) > 1 and count_lines(images[i]) > 1  # an = has two bands, too
+        if several or not reading.text and looks_written(images[i]):
             readings[i] = reading._replace(confidence=0.0)
         elif reading.unrestricted is None:  # else it is a share among texts
             confidence = calibrated(reading.confidence, model.calibration)
@@ -681,8 +682,15 @@ def read_images(model, images, batch_size, known=None):
     return readings
 
 
+def count_lines(image):
+    """How many bands of rows with ink an image (HEIGHT, W) has that are high enough for lines."""
+    runs = groupby((image < INK_TONE).any(1).tolist())
+    heights = [len([*rows]) for inked, rows in runs if inked]
+    return sum(height >= 0.5 * max(heights) for height in heights)
+
+
 def looks_written(image):
-    """Whether an image (HEIGHT, W) has strokes side by side, or one above the other."""
+    """Whether an image (HEIGHT, W) has strokes side by side, or one above the other: a column."""
     ink = (image < INK_TONE).numpy()
     strokes = np.count_nonzero(ink[:, 1:] > ink[:, :-1], axis=1)  # (HEIGHT,)
     beside = (strokes > 2).mean() > 0.25  # a box has two upright edges

@@ -13,8 +13,8 @@ import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, line_image
-from PIL import Image, ImageOps
+from conftest import FONT, ROOT, line_image
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 import crnn
 from crnn import BLANK, Charset, InputError, load_checkpoint, load_image, read_images, read_labels
@@ -528,6 +528,16 @@ def test_lines_and_columns_that_read_as_nothing_are_doubted():
     assert crnn.looks_written(load_image(page))
     assert not crnn.looks_written(load_image(box))
     assert not crnn.looks_written(load_image(Image.new("L", (60, 40), 255)))
+
+
+@pytest.mark.parametrize("text", ["12.50\n3.75", "12\n34", "one\ntwo\n3"])
+def test_of_several_lines_no_reading_looks_sure(shipped, text):
+    image = Image.new("L", (120, 100), 255)
+    ImageDraw.Draw(image).text((9, 9), text, font=ImageFont.truetype(FONT, 24), fill=0)
+    (reading,) = read_images(shipped, [load_image(image)], 1)
+    assert reading.confidence < 0.5
+    sums = read_images(shipped, lines("=", "7=7", "i:j"), 3)
+    assert all(reading.confidence > 0 for reading in sums)
 
 
 # ---- files
