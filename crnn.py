@@ -673,7 +673,7 @@ def read_images(model, images, batch_size, known=None):
         for i, reading in zip(again, seen):
             readings[i] = max(readings[i], reading, key=lambda reading: reading.confidence)
     for i, reading in enumerate(readings):
-        several = len(reading.text) > 1 and count_lines(images[i]) > 1  # an = has two bands, too
+        several = len(reading.text) != 1 and count_lines(images[i]) > 1  # an = has two bands, too
         if several or not reading.text and looks_written(images[i]):
             readings[i] = reading._replace(confidence=0.0)
         elif reading.unrestricted is None:  # else it is a share among texts
@@ -686,7 +686,7 @@ def count_lines(image):
     """How many bands of rows with ink an image (HEIGHT, W) has that are high enough for lines."""
     runs = groupby((image < INK_TONE).any(1).tolist())
     heights = [len([*rows]) for inked, rows in runs if inked]
-    return sum(height >= 0.5 * max(heights) for height in heights)
+    return sum(height >= max(4, 0.5 * max(heights)) for height in heights)  # 4: no mere rule
 
 
 def looks_written(image):
