@@ -673,10 +673,12 @@ def read_images(model, images, batch_size, known=None):
         for i, reading in zip(again, seen):
             readings[i] = max(readings[i], reading, key=lambda reading: reading.confidence)
     for i, reading in enumerate(readings):
+        if reading.unrestricted is not None:  # its confidence is a share among texts
+            continue
         several = len(reading.text) != 1 and count_lines(images[i]) > 1  # an = has two bands, too
         if several or not reading.text and looks_written(images[i]):
             readings[i] = reading._replace(confidence=0.0)
-        elif reading.unrestricted is None:  # else it is a share among texts
+        else:
             confidence = calibrated(reading.confidence, model.calibration)
             readings[i] = reading._replace(confidence=confidence)
     return readings

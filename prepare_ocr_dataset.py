@@ -44,15 +44,15 @@ from crnn import InputError, rank, split_of, whole_file, workers_per_process
 # numbers suit a first training of ten minutes: mostly what is soon learned. The bundled weights
 # learned from far more, and far more handwriting.
 NUM_IMAGES = {
-    "trdg_custom": 8_400,  # printed text, set by TRDG
-    "synthetic_math": 2_000,  # printed expressions
-    "emnist_images": 3_400,  # single handwritten characters as EMNIST has them, none twice
-    "emnist_words": 1_600,  # strings put together from EMNIST characters
+    "trdg_custom": 7_200,  # printed text, set by TRDG
+    "synthetic_math": 1_600,  # printed expressions
+    "emnist_images": 2_800,  # single handwritten characters as EMNIST has them, none twice
+    "emnist_words": 1_400,  # strings put together from EMNIST characters
     "emnist_math": 400,  # expressions of EMNIST characters and signs by UNIPEN's writers
-    "handwriting": 2_000,  # text in handwriting fonts
-    "unipen_words": 600,  # words and short texts as people wrote them
-    "unipen_text": 600,  # other text, put together from one person's characters
-    "unipen_math": 1_000,  # expressions, put together from one person's characters
+    "handwriting": 1_800,  # text in handwriting fonts
+    "unipen_words": 500,  # words and short texts as people wrote them
+    "unipen_text": 500,  # other text, put together from one person's characters
+    "unipen_math": 800,  # expressions, put together from one person's characters
 }
 
 # What may be drawn

@@ -50,7 +50,7 @@ FROM_NOTHING = dict(
 # Small steps, so that fine-tuning does not forget; no shortcut head, whose random start would
 # disturb trained features. The size of the network is that of INIT_WEIGHTS.
 FINE_TUNE = dict(matrix_learning_rate=1e-3, learning_rate=3e-4, shortcut_weight=0, frozen_norms=1)
-EPOCHS = 4  # passes over the training rows
+EPOCHS = 6  # passes over the training rows
 MIN_STEPS = 1_500  # batches; with few images there are more epochs, until there are as many
 BATCH_SIZE = 32  # images of one padded width in a step, over all processes together
 WARM_UP = 0.1  # share of training in which the learning rates rise to their peak
