@@ -41,7 +41,7 @@ from crnn import InputError, rank, split_of, whole_file, workers_per_process
 
 # --------------------------------------------------------------------------------------------------
 # How many images of each source; 0 skips it. One in 20 is for validation, one for the test. These
-# numbers suit a first training of ten minutes: mostly what is soon learned. The bundled weights
+# numbers suit a first training of eight minutes: mostly what is soon learned. The bundled weights
 # learned from far more, and far more handwriting.
 NUM_IMAGES = {
     "trdg_custom": 7_200,  # printed text, set by TRDG
