@@ -199,7 +199,7 @@ def open_image(source):
         return Image.open(source)
     array = np.asarray(source)
     if array.dtype == np.uint8 and array.ndim == 1:  # a file's bytes, as cv2.imencode returns them
-        return Image.open(io.BytesIO(array.tobytes()))
+        return open_image(array.tobytes())
     if array.dtype.kind not in "biuf" or array.ndim not in (2, 3) or not np.isfinite(array).all():
         raise ValueError(f"{array.dtype} {array.shape}: not finite numbers (H, W) or (H, W, 3)")
     if array.ndim == 3 and len(array) < 5 <= array.shape[2]:
@@ -688,7 +688,8 @@ def count_lines(image):
     """How many bands of rows with ink an image (HEIGHT, W) has that are high enough for lines."""
     runs = groupby((image < INK_TONE).any(1).tolist())
     heights = [len([*rows]) for inked, rows in runs if inked]
-    return sum(height >= max(4, 0.5 * max(heights)) for height in heights)  # 4: no mere rule
+    least = max(4, 0.5 * max(heights, default=0))  # 4: no mere rule
+    return sum(height >= least for height in heights)
 
 
 def looks_written(image):
@@ -947,13 +948,16 @@ def add_split(rows):
 
 
 # ---- Scoring and looking
+FOLDED = str.maketrans("OoIl|CKMPSUVWXYZJ", "00111ckmpsuvwxyzj")
+
+
 def fold_lookalikes(text):
     """One character for those that look alike by hand: {0 O o}, {1 I l |}, and c/C, k/K ...
 
     >>> fold_lookalikes("COil")
     'c0i1'
     """
-    return text.translate(str.maketrans("OoIl|CKMPSUVWXYZJ", "00111ckmpsuvwxyzj"))
+    return text.translate(FOLDED)
 
 
 def score_table(rows, by="source"):

@@ -114,10 +114,8 @@ def recognize(images, model=None, allowed=None, lexicon=None):
         model = load_checkpoint(model or model_path(), DEVICE)
     if model.training:
         model = crnn.folded(model)  # or reading would change its batch norms
-    allowed, lexicon = (
-        ALLOWED if allowed is None else allowed,
-        LEXICON if lexicon is None else lexicon,
-    )
+    allowed = ALLOWED if allowed is None else allowed
+    lexicon = LEXICON if lexicon is None else lexicon
     known = crnn.know(model.charset, allowed, lexicon)
     return list(read_each(images, model, [known] * len(images)))
 
@@ -261,9 +259,10 @@ def read_all(samples, model):
                 show(sample, reading)
             names = [sample.path.as_posix(), sample.label, sample.source]
             row = [*names, reading.text, reading.confidence, reading.unrestricted or ""]
-            characters = [c._asdict() for c in reading.characters]
-            record = dict(zip(COLUMNS, row), characters=characters)
-            lines.write(json.dumps(record, ensure_ascii=False) + "\n")
+            if PREDICTIONS_JSONL:
+                characters = [c._asdict() for c in reading.characters]
+                record = dict(zip(COLUMNS, row), characters=characters)
+                lines.write(json.dumps(record, ensure_ascii=False) + "\n")
             # Characters as such would take gigabytes for 100,000 images.
             others = ["".join(other for other, _ in c.alternatives) for c in reading.characters]
             rows.append([*row, others])
@@ -277,14 +276,13 @@ def modified(path):
 
 def write_predictions(rows, former):
     """Write PREDICTIONS_CSV or, where another run has written it since former, one beside it."""
-    path = PREDICTIONS_CSV
-    if modified(path) != former:
-        path = next(name for name in numbered(path) if not os.path.exists(name))
+    free = (name for name in numbered(PREDICTIONS_CSV) if not os.path.exists(name))
+    path = PREDICTIONS_CSV if modified(PREDICTIONS_CSV) == former else next(free)
     table = rows[COLUMNS].assign(confidence=rows.confidence.map("{:.4f}".format))
     try:
         crnn.write_labels(table, path, "utf-8-sig")  # or Excel shows é as Ã©
     except PermissionError:  # on Windows nobody may replace a file that Excel has open
-        path = next(name for name in numbered(path) if not os.path.exists(name))
+        path = next(free)
         crnn.write_labels(table, path, "utf-8-sig")
     return path
 

@@ -872,12 +872,14 @@ class Hand(NamedTuple):
     haste: float = 0  # the reach over which corners are rounded off
 
 
-UNCLEAR = set("IlOo")  # by hand, where no word says otherwise
+def unreadable_by_hand(line):
+    """Whether nobody could read a Line's label: O is 0 where no word says otherwise."""
+    return line.alone and bool(set(line.label) & set("IlOo"))
 
 
 def pick_emnist_hand(line):
     """A Hand of EMNIST's characters, or None for a label that nobody could read."""
-    if line.alone and UNCLEAR & set(line.label):
+    if unreadable_by_hand(line):
         return None
     shape = uniform(0.08, 0.16), gauss(0, 0.2), uniform(0.02, 0.1), uniform(-0.1, 0.3)
     return Hand(line.split, size_of_line(20, 34), *shape)
@@ -885,7 +887,7 @@ def pick_emnist_hand(line):
 
 def pick_writer(line):
     """A Hand of somebody who has written all letters and digits of a Line's label, or None."""
-    if line.alone and UNCLEAR & set(line.label):
+    if unreadable_by_hand(line):
         return None
     needed = set(line.label) & set(ALPHANUMERIC)
     some = random.choices(people(line.split).writers, k=40)  # of so many, one nearly always can
@@ -1652,7 +1654,9 @@ def count_images():
     kinds = find_kinds(set().union(*kinds_of.values()))
     for source, needed in kinds_of.items():
         for kind in sorted(needed - kinds):
-            needs = f"two families of {kind} in {FONTS_DIR}" if "fonts" in kind else kind
+            needs = (
+                f"two families of {kind} in {FONTS_DIR}" if kind in (PRINTED, HANDWRITTEN) else kind
+            )
             print(f"{source} is skipped: it needs {needs}")
             counts.pop(source, None)
     if "emnist_images" in counts:  # no character twice
