@@ -191,7 +191,7 @@ RANDOM = {  # kinds of text besides the grammar's, each from the Words of a spli
     "mixed": lambda words: random_string(ALPHANUMERIC, 2, 7),
     "string": lambda words: random_string([c for c in CHARSET if c not in MATH_SIGNS + " "], 1, 12),
     "single": lambda words: single_character(),
-    "large": lambda words: choice(LARGE),
+    "large": lambda words: choice(LARGE + "III"),  # a bar has nothing to know it by
     "look_alikes": lambda words: random_string(choice([*read_grammar()["alike"], DIGITS]), 2, 6),
 }
 MIXES = {  # of the kinds of text, with their weights
@@ -1219,13 +1219,16 @@ def snapped(ink):
 
 @effect
 def arched(ink):
-    """Along an arc, as on a badge: most like a hill, some like a valley."""
+    """Along an arc, as on a badge, at its top or beside it; some like a valley."""
     (h, w), bend = ink.shape, uniform(0.15, 0.8)  # radians from the middle to either end
-    radius = max(h, w / 2 / bend)  # of the arc that the middle of the line is on
-    inner, outer = radius - h / 2, radius + h / 2
-    x = np.arange(-outer * np.sin(bend), outer * np.sin(bend))[None]  # from the centre, (1, W)
-    y = np.arange(outer, inner * np.cos(bend), -1)[:, None]  # (H, 1)
-    back = w / 2 + radius * np.arctan2(x, y), outer - np.hypot(x, y)  # to the straight line
+    radius, turn = max(h, w / 2 / bend), choice([0, 0, uniform(-0.7, 0.7)])  # turn: from the top
+    inner, outer, bend = radius - h / 2, radius + h / 2, w / 2 / radius
+    ends = np.outer([inner, outer], np.sin([turn - bend, turn + bend]))  # (2, 2)
+    top, bottom = outer * np.cos(max(0, abs(turn) - bend)), inner * np.cos(abs(turn) + bend)
+    x = np.arange(ends.min(), ends.max())[None]  # from the centre, (1, W)
+    y = np.arange(top, bottom, -1)[:, None]  # (H, 1)
+    along = w / 2 + radius * (np.arctan2(x, y) - turn)  # of the straight line, (H, W)
+    back = along, outer - np.hypot(x, y)
     side = choice([1, 1, 1, -1])
     return cv2.remap(ink[::side], *map(np.float32, back), cv2.INTER_LINEAR)[::side]  # (H, W)
 
@@ -1335,6 +1338,15 @@ def starved(ink):
 
 
 @effect
+def lost_points(ink):
+    """Points and other specks hardly printed, as by a worn head."""
+    top, bottom, _, _ = ink_box(ink)
+    number, places, boxes, _ = cv2.connectedComponentsWithStats(np.uint8(ink > 0.15 * ink.max()))
+    small = boxes[:, 2:4].max(1) < 0.3 * (bottom - top)  # (components,), widths and heights
+    return ink * np.where(small, uniform(0.1, 0.7), 1).astype(np.float32)[places]
+
+
+@effect
 def blur(ink, least=0.4, most=0.9):
     return cv2.GaussianBlur(ink, (0, 0), uniform(least, most))
 
@@ -1373,15 +1385,19 @@ def lettered(ink):
     return choice(looks) * (1 - choice([0, 0, 0.2, 0.4]) * clouds(ink.shape, 1))
 
 
-def give_tones(ink, dark=(0, 110), light=(190, 255), grain=(0, 3, 6), inverse=0, jpeg=(), shade=0):
+def give_tones(
+    ink, dark=(0, 110), light=(190, 255), grain=(0, 3, 6), inverse=0, jpeg=(), shade=0, pale=0
+):
     """Ink (H, W) of a tone on paper of another, with noise, as an image, uint8 (H, W).
 
-    inverse: share of light on dark; jpeg: a range of qualities; shade: how unevenly it may be lit.
+    inverse: share of light on dark; jpeg: a range of qualities; shade: how unevenly it may be lit;
+    pale: share with hardly any contrast.
     """
     page = np.float32(randint(*light))
     if shade:
         page = page * (1 - uniform(0, shade) * clouds(ink.shape, uniform(0.3, 1.2)))
-    image = page * (1 - ink * (1 - randint(*dark) / 255)) + noise(ink.shape, choice(grain))
+    ink = ink * (1 - randint(*dark) / 255) * (uniform(0.2, 0.5) if chance(pale) else 1)
+    image = page * (1 - ink) + noise(ink.shape, choice(grain))
     image = image.clip(0, 255).round().astype(np.uint8)
     image = 255 - image if chance(inverse) else image
     if jpeg:
@@ -1407,26 +1423,30 @@ LIGHT = dict(light=(205, 255))
 CLEAN = dict(dark=(0, 90), light=(205, 255))
 FAINT = dict(dark=(40, 150), light=(215, 250))
 SNAPSHOT = dict(dark=(13, 128), light=(140, 250), grain=(2, 5, 9), jpeg=(20, 75), shade=0.5)
+SNAPSHOT |= dict(pale=0.2)
 PLATE = dict(dark=(0, 130), light=(130, 255), grain=(0, 2, 5), inverse=0.5)
 SLIP = dict(dark=(0, 150), light=(195, 255), grain=(0, 2, 6, 14), jpeg=(30, 95))
-SIGN = dict(dark=(0, 120), light=(150, 255), grain=(0, 0, 3), inverse=0.6, jpeg=(25, 90))
+SIGN = dict(dark=(0, 120), light=(150, 255), grain=(0, 0, 3), inverse=0.6, jpeg=(25, 90), pale=0.15)
 
 # Effects that several styles share
 PRESS = bold(0, 0.06, share=0.4)
-HEATED = [starved(share=0.3), pressed(share=0.4), faded(2, 0.4, dead=0.15), coarse(15, 24)]
+HEATED = [lost_points(share=0.25), starved(share=0.3), pressed(share=0.4)]
+HEATED += [faded(2, 0.4, dead=0.15), coarse(15, 24)]
 COPY = [neighbours(), form_lines([1, 2], share=0.1), coarse(20, 48, black_and_white=0.6)]
 COPY += [specks(share=0.15), blur(share=0.5), framed()]
-SCAN = [PRESS, pressed(share=0.3), starved(share=0.2), faded(2, 0.4), room(0, 0.15), *COPY]
+SCAN = [lost_points(share=0.2), PRESS, pressed(share=0.3), starved(share=0.2), faded(2, 0.4)]
+SCAN += [room(0, 0.15), *COPY]
 BOARD = [PRESS, room(0.12), neighbours(0.06, 0.15, aside=True), lettered(), snapped()]
 BOARD += [framed(), busy()]
 
 SEGMENTS = [bold(-0.06, 0, share=0.5), leaning(share=0.6), room(0, 0.3)]  # with wider gaps
+FAR = coarse(10, 18, share=0.2)
 CUT_OUT = [room(0.05, 0.2), neighbours(0.12, 0.4, aside=True)]  # of a word
 
 EVERYWHERE = {
     "form": Style(2.5, [room(), neighbours(), form_lines()], CLEAN),
     "fields": Style(1.5, [room(0, 0.12)], CLEAN, "fields", cells=True),
-    "photograph": Style(2.5, [room(0.08, 0.33), snapped()], SNAPSHOT),
+    "photograph": Style(2.5, [room(0.08, 0.33), snapped(), FAR], SNAPSHOT),
     "margins": Style(1.5, [room(0, 0.5), framed(0, share=0.4)]),
 }
 STYLES = {
@@ -1435,7 +1455,7 @@ STYLES = {
         "receipt": Style(4, [*HEATED, framed(), clipped(share=0.2)], SLIP, "receipt", NARROW),
         "scanned": Style(4, [stretched(), *SCAN, clipped(share=0.2)], SLIP, "receipt"),
         "label": Style(2, [PRESS, room(), form_lines([4], share=0.35)], PLATE, "label"),
-        "sign": Style(6, [stretched(), arched(share=0.15), *BOARD], SIGN, "sign"),
+        "sign": Style(6, [stretched(), arched(share=0.35), *BOARD, FAR], SIGN, "sign"),
         "letter": Style(3, [bold(0, 0.1, share=0.5), framed(), *CUT_OUT, *BOARD], SIGN, "large"),
         "display": Style(2, [*SEGMENTS, blur(), snapped(share=0.5)], PLATE, "display", "dseg"),
     }

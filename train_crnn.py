@@ -236,17 +236,18 @@ def augment(ink, strength):
     return ink * (1 + 0.15 * spread(n, strength, ink)) + noise
 
 
-def rule(like, lowest=1.0):
+def rule(like, lowest=1.0, pitch=1e4):
     """A nearly level line from side to side for each of (N, 1, H, W), as ink of the same shape.
 
-    lowest: the part of the height, from the top, that it is in.
+    lowest: the part of the height, from the top, that it is in; pitch: rows to the next such line.
     """
     n, _, height, width = like.shape
-    place, tilt, tone = torch.rand(3, n, 1, 1, 1, device=like.device)
+    place, tilt, tone, thickness = torch.rand(4, n, 1, 1, 1, device=like.device)
     rows = torch.arange(height, device=like.device)[:, None]  # (H, 1)
     across = torch.linspace(-1, 1, width, device=like.device)  # (W,)
-    distance = (rows - place * lowest * height - (tilt - 0.5) * 4 * across).abs()  # (N, 1, H, W)
-    return (1.2 - distance).clamp(0, 1) * tone
+    distance = rows - place * lowest * height - (tilt - 0.5) * 4 * across  # (N, 1, H, W)
+    distance = ((distance + pitch / 2) % pitch - pitch / 2).abs()  # from the nearest
+    return (1.2 + thickness**2 - distance).clamp(0, 1) * tone
 
 
 def draw_empty_paper(like):
@@ -258,8 +259,8 @@ def draw_empty_paper(like):
     faint = torch.rand(2, n, 1, 1, 1, device=like.device) ** 2  # squared, as most paper is even
     ink = faint[0] * shade + faint[1] * grain
     ink = ink - ink.amin((2, 3), keepdim=True)
-    for _ in range(2):
-        ink = torch.maximum(ink, rule(ink) * choose(n, 0.25, ink))
+    for pitch in (1e4, 20 + spread(n, 10, ink)):  # a line, or ruled paper
+        ink = torch.maximum(ink, rule(ink, pitch=pitch) * choose(n, 0.25, ink))
     boxed, whole = choose(n, 0.4, ink), choose(n, 0.5, ink)
     for side in range(4):  # a form's box, or some of its edges
         edge = rule(ink.rot90(side, (2, 3)), lowest=0.15).rot90(-side, (2, 3))  # (N, 1, H, W)
