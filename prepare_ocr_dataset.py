@@ -21,7 +21,7 @@ import time
 import zlib
 from collections import Counter, defaultdict, namedtuple
 from concurrent.futures import ProcessPoolExecutor
-from functools import cache, lru_cache, partial, wraps
+from functools import cache, lru_cache, partial
 from importlib.metadata import version
 from itertools import groupby
 from pathlib import Path
@@ -80,6 +80,7 @@ UNIPEN_RECORD = "https://zenodo.org/api/records/1195803"  # answers with its fil
 TEXTS_FILE = OURS / "words" / "texts.txt"  # the grammar
 WORDS_FILE = OURS / "words" / "english.txt"  # the most frequent first
 LEFT_OUT_FILE = OURS / "left_out.csv"  # characters that a font draws as something else
+PLACES_FILE = OURS / "places.csv"  # how characters stand on a line by hand
 TRIES = 2_000  # texts tried for one image: with a narrow CHARSET few fit
 CHUNK = 200  # images that a worker draws at a time
 COLUMNS = ["image_path", "label", "source", "split", "style"]  # of data.csv
@@ -115,45 +116,40 @@ def clouds(shape, patches):
 
 # ---- Words. A word's split follows from its letters: none of the test is trained on, in any case.
 
-# Lists of words: all of TRDG's dictionary, and those that people use, the most frequent first
-Words = namedtuple("Words", "split all used")
-
 
 @cache
-def find_words():
-    """The Words of every split, a dict."""
+def find_words(split):
+    """The words of a split: of TRDG's dictionary, and those people use, the most frequent first."""
     import trdg
 
-    words = {split: Words(split, [], []) for split in SPLITS}
     dictionary = Path(trdg.__file__).parent / "dicts" / "en.txt"
     # At most 12 letters of any alphabet, with ' and - inside
     is_word = re.compile(r"[^\W\d_](([^\W\d_]|['-]){0,10}[^\W\d_])?").fullmatch
-    for kind, path in (("all", dictionary), ("used", WORDS_FILE)):
-        for word in filter(is_word, path.read_text(encoding="utf-8").split()):
-            getattr(words[split_of(word)], kind).append(word)
-    return words
+    lists = [path.read_text(encoding="utf-8").split() for path in (dictionary, WORDS_FILE)]
+    return [[w for w in words if split_of(w) == split and is_word(w)] for words in lists]
 
 
-def pick_word(words):
+def pick_word(split):
     """A word: every other one as people use them, the others of the whole dictionary."""
-    if chance(0.5):
-        return choice(words.all)
+    dictionary, used = find_words(split)
     # The n-th most frequent as often as n ** (-2/3): by Zipf's law, 1/n, few others would be seen.
-    return words.used[int(len(words.used) * random.random() ** 3)]
+    return choice(dictionary) if chance(0.5) else used[int(len(used) * random.random() ** 3)]
 
 
-def invent(words, endings=()):
+def invent(split, endings=()):
     """Halves of two words, or one and an ending, as most names are to a new reader."""
     while True:
-        a, b = (word.lower() for word in random.choices(words.all, k=2))
+        a, b = (word.lower() for word in random.choices(find_words(split)[0], k=2))
         word = a[: len(a) // 2 + 1] + (choice(endings) if endings else b[len(b) // 2 :])
-        if len(word) < 14 and split_of(word) == words.split:
+        if len(word) < 14 and split_of(word) == split:
             return word
 
 
-def confusing_pairs(word):
-    """How many letters of a word are doubled or run into another: rn as m, cl as d, vv as w."""
-    return len(re.findall(r"(.)\1|rn|cl|vv|nn|ii|li|il|ri|m|w", word.lower()))
+def confusing_word(split):
+    """Of a dozen words that with most letters doubled or running into another: rn as m, cl as d."""
+    pairs = re.compile(r"(.)\1|rn|cl|vv|nn|ii|li|il|ri|m|w")
+    some = random.choices(find_words(split)[0], k=12)
+    return max(some, key=lambda word: len(pairs.findall(word.lower())))
 
 
 def cased(word, shares=(53, 27, 20)):
@@ -175,39 +171,23 @@ def random_string(characters, shortest, longest):
 # ---- Texts, by the grammar of TEXTS_FILE, which explains itself
 SERIAL = UPPER.replace("I", "").replace("O", "") + DIGITS  # most machines avoid these two
 GROUPS = [UPPER] * 4 + [DIGITS] * 4 + [SERIAL] * 3 + [LOWER + DIGITS]  # what groups of codes are of
-RANDOM = {  # kinds of text besides the grammar's, each from the Words of a split
-    "nothing": lambda words: "",
-    "hash": lambda words: "#",
-    "A": lambda words: choice(UPPER),
-    "digits": lambda words: random_string(DIGITS, 4, 12),
-    "word": lambda words: cased(pick_word(words)),
-    "Word": lambda words: accented(pick_word(words).capitalize()),
-    "WORD": lambda words: accented(pick_word(words).upper()),
-    "invented": lambda words: cased(invent(words)),
-    "brand": lambda words: cased(invent(words, read_grammar()["ending"]), (10, 70, 20)),
-    "doubled": lambda words: cased(max(random.choices(words.all, k=12), key=confusing_pairs)),
-    "written": lambda words: choice(people(words.split).labels),
-    "group": lambda words: random_string(choice(GROUPS), 1, 5),
-    "mixed": lambda words: random_string(ALPHANUMERIC, 2, 7),
-    "string": lambda words: random_string([c for c in CHARSET if c not in MATH_SIGNS + " "], 1, 12),
-    "single": lambda words: single_character(),
-    "large": lambda words: choice(LARGE + "III"),  # a bar has nothing to know it by
-    "look_alikes": lambda words: random_string(choice([*read_grammar()["alike"], DIGITS]), 2, 6),
+RANDOM = {  # kinds of text besides the grammar's, each of a split
+    "nothing": lambda split: "",
+    "hash": lambda split: "#",
+    "digits": lambda split: random_string(DIGITS, 4, 12),
+    "word": lambda split: cased(pick_word(split)),
+    "Word": lambda split: accented(pick_word(split).capitalize()),
+    "WORD": lambda split: accented(pick_word(split).upper()),
+    "invented": lambda split: cased(invent(split)),
+    "brand": lambda split: cased(invent(split, read_grammar()["ending"]), (10, 70, 20)),
+    "doubled": lambda split: cased(confusing_word(split)),
+    "written": lambda split: choice(people(split).labels),
+    "group": lambda split: random_string(choice(GROUPS), 1, 5),
+    "mixed": lambda split: random_string(ALPHANUMERIC, 2, 7),
+    "string": lambda split: random_string([c for c in CHARSET if c not in MATH_SIGNS + " "], 1, 12),
+    "single": lambda split: single_character(),
+    "look_alikes": lambda split: random_string(choice([*read_grammar()["alike"], DIGITS]), 2, 6),
 }
-MIXES = {  # of the kinds of text, with their weights
-    "printed": dict(words=28, made_up=8, doubled=5, name=6, item=6, punctuated=12, number=14)
-    | dict(code=8, string=7, single=8, look_alikes=3),
-    "by hand": dict(words=30, made_up=18, doubled=4, name=6, item=4, punctuated=10, number=13)
-    | dict(math=12, code=5, string=4, single=7),
-    "emnist": dict(one_word=42, number=22, mixed=12, code=12, words=7, name=5),
-    "math": dict(math=1),
-    "fields": dict(code=4, number=4, words=3, one_word=2, single=4),
-    "receipt": dict(amount=7, bill=7, firm=6, number=4, item=2, words=1),
-    "sign": dict(sign=16, made_up=2, words=2, name=1, code=1),
-    "label": dict(code=6, number=3, words=5, punctuated=1, single=1),
-}
-# What fills its image and still is nothing else: a small c would be taken for C, a comma for 1
-LARGE = UPPER.replace("O", "") + DIGITS[1:] + "abdefghilnqrt"
 STANDING_ALONE = {"code", "string", "mixed", "single", "look_alikes"}  # no word tells O from 0
 # Nobody can count joined underscores, or tell two apostrophes from a quotation mark.
 RUN_TOGETHER = re.compile(r"__|['\"`]{2}")
@@ -216,8 +196,10 @@ RUN_TOGETHER = re.compile(r"__|['\"`]{2}")
 @cache
 def read_grammar():
     """Kind of text -> its alternatives, of TEXTS_FILE. InputError: one names an unknown kind."""
+    text = TEXTS_FILE.read_text(encoding="utf-8")
+    text = re.sub(r"(\d+)\*({\w+})", lambda m: int(m[1]) * f"{m[2]}  ", text)  # 9*{name}
     # A line, and the indented ones that go on with it
-    rows = re.findall(r"^(\w\S*)(.*(?:\n[ \t].*)*)", TEXTS_FILE.read_text(encoding="utf-8"), re.M)
+    rows = re.findall(r"^(\w\S*)(.*(?:\n[ \t].*)*)", text, re.M)
     grammar = {kind: re.split(r"\s{2,}", texts.strip()) for kind, texts in rows}
     for kind, alternatives in grammar.items():
         for name in re.findall(r"{(\w+)}", " ".join(alternatives)):
@@ -229,7 +211,7 @@ def read_grammar():
 def expand(kind, split):
     """A random text of a kind, its words those of a split."""
     if kind in RANDOM:
-        return RANDOM[kind](find_words()[split])
+        return RANDOM[kind](split)
     template = choice(read_grammar()[kind])
     return re.sub(r"{(\w+)}|#", lambda m: expand(m[1], split) if m[1] else choice(DIGITS), template)
 
@@ -243,9 +225,9 @@ def single_character():
     return choice(choice(groups)) if groups else ""
 
 
-def pick_text(mix, split):
-    """A text of a mix of kinds, and whether it stands alone, with no word around its characters."""
-    kind = random.choices(list(mix), list(mix.values()))[0]
+def pick_text(texts, split):
+    """A text of a mix or of a kind, and whether it stands alone: no word around its characters."""
+    kind = random.choices(read_grammar().get(f"{texts}_mix", [texts]))[0].strip("{}")
     text = expand(kind, split).replace("·", choice(["", "", " "]))
     return text, kind in STANDING_ALONE or len(text) < 2
 
@@ -283,7 +265,7 @@ typeface = lru_cache(12_000)(partial(ImageFont.truetype, layout_engine=ImageFont
 
 @cache
 def find_fonts():
-    """The usable Fonts of FONTS_DIR, and lines about the others."""
+    """The usable Fonts of FONTS_DIR, and lines about the others and about those held out."""
     fonts, notes = [], []
     for path in sorted(Path(FONTS_DIR).rglob("*"), key=Path.as_posix):  # one order on all systems
         if path.suffix.lower() not in {".ttf", ".otf", ".woff", ".woff2"}:
@@ -294,6 +276,9 @@ def find_fonts():
         except OSError as error:
             notes.append(f"{path} is skipped: it is no usable font ({error})")
     held_out = {kind: held_out_families(fonts, kind) for kind in (PRINTED, HANDWRITTEN)}
+    for kind, families in held_out.items():
+        if families:
+            notes.append(f"{kind} held out for validation and test: {', '.join(sorted(families))}")
     fonts = [font._replace(held_out=font.family in held_out[font.kind]) for font in fonts]
     return tuple(borrow_signs(font, fonts) for font in fonts), tuple(notes)
 
@@ -475,14 +460,11 @@ def typeset_by_trdg(text, font):
 @contextlib.contextmanager
 def downloading(what, remedy):
     """Give up on a silent server, and turn a failure into one line: the run goes on without."""
-    former = socket.getdefaulttimeout()
     socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)  # torchvision's download has none of its own
     try:
         yield
     except (OSError, RuntimeError, ValueError, LookupError, EOFError, AssertionError) as error:
         print(f"could not get {what} ({error}), so its sources are skipped. {remedy}")
-    finally:
-        socket.setdefaulttimeout(former)
 
 
 @cache
@@ -831,29 +813,20 @@ def fit(strokes, left, top, width, height):
 # ---- Hands: how one person writes. EMNIST's characters have one size for all, pen strokes have
 # lost their place, and signs come in stray sizes: what stands where is said here.
 
-# How a character stands on its line, in heights of a capital: which part of it is placed, 0 its
-# bottom, 1 its top, and how high above the baseline; how tall it is, or of a sign its larger side
-Place = namedtuple("Place", "anchor height least most")
-CAPITAL = Place(0, 0, 0.9, 1.2)
-PLACES = {
-    "acemnorsuvwxz": Place(0, 0, 0.45, 0.9),
-    "gpqy": Place(1, 0.65, 0.7, 1.25),
-    "j": Place(1, 0.9, 0.8, 1.4),
-    ".": Place(0, 0, 0.02, 0.1),
-    ",": Place(1, 0.1, 0.15, 0.35),
-    ";": Place(1, 0.6, 0.55, 0.85),
-    ":": Place(0, 0.05, 0.35, 0.6),
-    "'`\"^": Place(1, 1.05, 0.2, 0.45),
-    "*": Place(1, 1, 0.35, 0.6),
-    "-": Place(0.5, 0.42, 0.3, 0.7),
-    "~": Place(0.5, 0.42, 0.45, 0.8),
-    "=+×÷±<>≤≥≠": Place(0.5, 0.42, 0.5, 0.9),
-    "_": Place(0.5, -0.12, 0.5, 1),
-    "()[]{}|/\\": Place(0.5, 0.42, 1, 1.6),
-    "√": Place(0.5, 0.5, 1, 1.5),
-    "π": Place(0, 0, 0.5, 0.8),
-}
-PLACES = {c: place for characters, place in PLACES.items() for c in characters}
+
+@cache
+def places():
+    """Character -> how it stands on its line, in heights of a capital; A stands for all others.
+
+    anchor: which part of it is placed, 0 its bottom, 1 its top; height: how high above the
+    baseline; least, most: how tall it is, or of a sign its larger side.
+    """
+    rows = pd.read_csv(PLACES_FILE, index_col=0, keep_default_na=False)
+    return {c: row for row in rows.itertuples() for c in row.Index}
+
+
+def place_of(c):
+    return places().get(c, places()["A"])
 
 
 class Hand(NamedTuple):
@@ -872,23 +845,14 @@ class Hand(NamedTuple):
     haste: float = 0  # the reach over which corners are rounded off
 
 
-def unreadable_by_hand(line):
-    """Whether nobody could read a Line's label: O is 0 where no word says otherwise."""
-    return line.alone and bool(set(line.label) & set("IlOo"))
-
-
 def pick_emnist_hand(line):
-    """A Hand of EMNIST's characters, or None for a label that nobody could read."""
-    if unreadable_by_hand(line):
-        return None
+    """A Hand of EMNIST's characters."""
     shape = uniform(0.08, 0.16), gauss(0, 0.2), uniform(0.02, 0.1), uniform(-0.1, 0.3)
     return Hand(line.split, size_of_line(20, 34), *shape)
 
 
 def pick_writer(line):
     """A Hand of somebody who has written all letters and digits of a Line's label, or None."""
-    if unreadable_by_hand(line):
-        return None
     needed = set(line.label) & set(ALPHANUMERIC)
     some = random.choices(people(line.split).writers, k=40)  # of so many, one nearly always can
     able = [writer for writer in some if needed <= writer.keys()]
@@ -967,7 +931,7 @@ def take_from_emnist(c, hand):
     images, strokes = emnist_class(hand.split, c)
     if not len(images):
         return None
-    place, some = PLACES.get(c, CAPITAL), random.choices(range(len(images)), k=8)
+    place, some = place_of(c), random.choices(range(len(images)), k=8)
     size = (place.least + place.most) / 2
     unlike = np.abs(np.log(strokes[some] * size / hand.stroke))  # (8,)
     glyph = images[some[int(unlike.argmin())]]  # (28, 28)
@@ -996,7 +960,7 @@ def write_character(c, hand):
         strokes = samples and strokes_of(choice(samples))
     if not strokes:
         return None
-    place = PLACES.get(c, CAPITAL)
+    place = place_of(c)
     width, height = np.ptp(np.concatenate(strokes), axis=0)
     size = max(1, height if c in ALPHANUMERIC else max(width, height))
     # A writer's capitals are 128 high in the median. Somebody else's sign has no size in this hand.
@@ -1060,17 +1024,12 @@ def retrace(text, hand):
 
 # ---- Effects: what the world does to a line. Each takes ink, float32 (H, W), and gives ink of any
 # size; most lengths are in parts of its height, so that an effect is the same at every size.
-def effect(function):
-    """Let a row of STYLES say blur(0.4, 0.9, share=0.5): a function of ink, for that share."""
-
-    def with_settings(*arguments, share=1, **named):
-        @wraps(function)
-        def change(ink):
-            return function(ink, *arguments, **named) if chance(share) else ink
-
-        return change
-
-    return with_settings
+def apply(steps, ink):
+    """Do each of some steps to a line: with a chance of its share, an effect with its settings."""
+    for share, effect, *settings in steps:
+        if chance(share):
+            ink = effect(ink, *settings)
+    return ink
 
 
 def warp(ink):
@@ -1121,7 +1080,7 @@ def crop(ink, keep_height):
     if keep_height:  # where size and place of characters tell c from C, a comma from a quote
         top = bottom = 0
     ink = ink[top : h - bottom, left : w - right]
-    return stretched(-0.6, 0.4, share=0.3)(ink)
+    return apply([(0.3, stretched, -0.6, 0.4)], ink)
 
 
 def in_cells(glyphs):
@@ -1155,14 +1114,12 @@ def add_lines(ink, ends, tone=(0.3, 1), widths=(1, 1, 2)):
 # ---- Effects on place and shape
 
 
-@effect
 def room(ink, least=0.0, most=0.25):
     """More paper on each side."""
     top, right, bottom, left = (round(uniform(least, most) * len(ink)) for _ in range(4))
     return np.pad(ink, ((top, bottom), (left, right)))
 
 
-@effect
 def framed(ink, least=-0.04, most=0.15):
     """Cut out near the text or, below 0, a little into it; in heights of the text."""
     top, bottom, left, right = ink_box(ink, 0.15)
@@ -1176,7 +1133,6 @@ def framed(ink, least=-0.04, most=0.15):
     return ink[top:bottom, left:right]
 
 
-@effect
 def clipped(ink):
     """Cut a little into the first and the last letter of a line, and never through a thin one."""
     top, bottom, left, right = ink_box(ink, 0.15)
@@ -1188,14 +1144,12 @@ def clipped(ink):
     return ink[:, max(0, left - 2 + into[0]) : right + 3 - into[1]]
 
 
-@effect
 def stretched(ink, least=-0.2, most=0.6):
     """Condensed or extended, in octaves."""
     width = max(4, round(ink.shape[1] * 2 ** uniform(least, most)))
     return cv2.resize(ink, (width, len(ink)), interpolation=cv2.INTER_AREA)
 
 
-@effect
 def leaning(ink, least=0.05, most=0.25):
     """To the right, as the digits of many displays do, by so many columns a row."""
     (h, w), slant = ink.shape, uniform(least, most)
@@ -1203,7 +1157,6 @@ def leaning(ink, least=0.05, most=0.25):
     return cv2.warpAffine(ink, aside, (round(w + slant * h), h))
 
 
-@effect
 def snapped(ink):
     """Seen at an angle by a camera that is out of focus or shaken."""
     h, w = ink.shape
@@ -1217,7 +1170,6 @@ def snapped(ink):
     return cv2.filter2D(ink, -1, choice(ways) / length)
 
 
-@effect
 def arched(ink):
     """Along an arc, as on a badge, at its top or beside it; some like a valley."""
     (h, w), bend = ink.shape, uniform(0.15, 0.8)  # radians from the middle to either end
@@ -1236,7 +1188,6 @@ def arched(ink):
 # ---- Effects of other ink
 
 
-@effect
 def ruled(ink):
     """Ruled or squared paper."""
     h, w = ink.shape
@@ -1247,7 +1198,6 @@ def ruled(ink):
     return add_lines(ink, lines, (0.15, 0.6))
 
 
-@effect
 def form_lines(ink, numbers=(1, 1, 2, 3, 4)):
     """Underlined, some dotted, between rules or, with all four lines, in a box."""
     h, w = ink.shape
@@ -1261,7 +1211,6 @@ def form_lines(ink, numbers=(1, 1, 2, 3, 4)):
     return np.maximum(ink, lines)
 
 
-@effect
 def neighbours(ink, most=0.14, each=0.4, aside=False):
     """The lines above and below come into the image or, aside, the characters left and right.
 
@@ -1278,7 +1227,6 @@ def neighbours(ink, most=0.14, each=0.4, aside=False):
     return np.ascontiguousarray(ink.T) if aside else ink
 
 
-@effect
 def secured(ink):
     """On a cheque: fine waves, crossed in some, of a pale tone."""
     (y, x), pitch = np.indices(ink.shape) / len(ink), uniform(0.06, 0.25)  # (H, W) each, heights
@@ -1288,26 +1236,23 @@ def secured(ink):
     return np.maximum(ink, np.float32(uniform(0.1, 0.4) * (uniform(1, 4) - 5 * far).clip(0, 1)))
 
 
-@effect
 def specks(ink):
     """Dirt on the glass of a copier."""
     dots = np.float32(generator().random(ink.shape) < uniform(0, 0.002))
     return np.maximum(ink, cv2.dilate(dots, np.ones((randint(1, 3), randint(1, 3)), np.uint8)))
 
 
-@effect
 def busy(ink):
     """On a picture: stains, and edges of other things."""
     ground = clouds(ink.shape, uniform(0.7, 4))
     if chance(0.4):
-        ground = blur()(np.float32(ground > uniform(0.5, 0.9)))
+        ground = blur(np.float32(ground > uniform(0.5, 0.9)))
     return ink + (1 - np.abs(ink)) * uniform(0, 0.25) * ground
 
 
 # ---- Effects on how the ink lies
 
 
-@effect
 def bold(ink, least=0.04, most=0.08):
     """By a felt pen or a heavy press, its corners round; below 0 thinner instead."""
     more = uniform(least, most)
@@ -1316,7 +1261,6 @@ def bold(ink, least=0.04, most=0.08):
     return changed if changed.max() > 0.7 * ink.max() else ink  # a thin dash would go
 
 
-@effect
 def pressed(ink):
     """By pen: pressure that varies along the line; or a head that heats unevenly."""
     thin, thick = (change(ink, np.ones((2, 2), np.uint8)) for change in (cv2.erode, cv2.dilate))
@@ -1325,7 +1269,6 @@ def pressed(ink):
     return np.where(pressure < 0.35, light, heavy)
 
 
-@effect
 def starved(ink):
     """Level or upright strokes nearly lost in places, as by a worn head or a coarse scan."""
     top, bottom, _, _ = ink_box(ink)
@@ -1337,7 +1280,6 @@ def starved(ink):
     return ink + np.float32(lost.clip(0, uniform(0.6, 1))) * (thin - ink)
 
 
-@effect
 def lost_points(ink):
     """Points and other specks hardly printed, as by a worn head."""
     top, bottom, _, _ = ink_box(ink)
@@ -1346,12 +1288,10 @@ def lost_points(ink):
     return ink * np.where(small, uniform(0.1, 0.7), 1).astype(np.float32)[places]
 
 
-@effect
 def blur(ink, least=0.4, most=0.9):
     return cv2.GaussianBlur(ink, (0, 0), uniform(least, most))
 
 
-@effect
 def faded(ink, patches=4, least=0.5, grain=0.0, dead=0.0):
     """Unevenly inked; grain: only where the paper takes it; dead: share of rows not printed."""
     faintest = uniform(least, 1)
@@ -1362,22 +1302,20 @@ def faded(ink, patches=4, least=0.5, grain=0.0, dead=0.0):
     return (ink * rows * columns).astype(np.float32)
 
 
-@effect
-def coarse(ink, least=11, most=18, black_and_white=0.0):
-    """Scanned in so few rows, a share of the images in black and white, and enlarged again."""
+def coarse(ink, least=11, most=18, two_tones=0.0):
+    """Scanned in so few rows, a share (two_tones) in black and white, and enlarged again."""
     h, w = ink.shape
     rows = randint(least, most)
     small = cv2.resize(ink, (max(4, round(w * rows / h)), rows), interpolation=cv2.INTER_AREA)
-    if chance(black_and_white):
+    if chance(two_tones):
         small = np.float32(small + noise(small.shape, 0.04) > uniform(0.15, 0.3) * small.max())
     how = choice([cv2.INTER_NEAREST, cv2.INTER_LINEAR, cv2.INTER_CUBIC])
     return cv2.resize(small, (w, h), interpolation=how).clip(0, 1)
 
 
-@effect
 def lettered(ink):
     """Shaded, with an outline or a shadow, or in relief; what is below 0 is lighter than paper."""
-    wide, move = bold(0.04, 0.09)(ink), max(1, round(uniform(0.03, 0.06) * len(ink)))
+    wide, move = bold(ink, 0.04, 0.09), max(1, round(uniform(0.03, 0.06) * len(ink)))
     aside = np.roll(wide, [choice([-move, move]), choice([-move, move])], (0, 1))
     looks = [ink] * 4 + [np.maximum(wide - ink, uniform(-0.3, 0.2) * ink)]
     looks += [np.maximum(ink, uniform(0.2, 0.6) * aside), ink - 0.35 * (aside - ink).clip(0)]
@@ -1409,9 +1347,9 @@ def give_tones(
 # ---- Styles: how a line looks in the real world. A row less is a style less.
 class Style(NamedTuple):
     weight: float  # how often, against the others of its kind
-    effects: list  # what is done to the ink, one after the other
+    effects: list  # what is done to the ink, one after the other, see apply()
     tones: dict = {}  # see give_tones()
-    texts: str = ""  # a mix of MIXES or one kind of text, else as the source has it
+    texts: str = ""  # a mix or one kind of text, else as the source has it
     fonts: str = ""  # a pattern for the names of font files
     cells: bool = False  # characters are set one by one, in the boxes of a form
 
@@ -1428,46 +1366,47 @@ PLATE = dict(dark=(0, 130), light=(130, 255), grain=(0, 2, 5), inverse=0.5)
 SLIP = dict(dark=(0, 150), light=(195, 255), grain=(0, 2, 6, 14), jpeg=(30, 95))
 SIGN = dict(dark=(0, 120), light=(150, 255), grain=(0, 0, 3), inverse=0.6, jpeg=(25, 90), pale=0.15)
 
-# Effects that several styles share
-PRESS = bold(0, 0.06, share=0.4)
-HEATED = [lost_points(share=0.25), starved(share=0.3), pressed(share=0.4)]
-HEATED += [faded(2, 0.4, dead=0.15), coarse(15, 24)]
-COPY = [neighbours(), form_lines([1, 2], share=0.1), coarse(20, 48, black_and_white=0.6)]
-COPY += [specks(share=0.15), blur(share=0.5), framed()]
-SCAN = [lost_points(share=0.2), PRESS, pressed(share=0.3), starved(share=0.2), faded(2, 0.4)]
-SCAN += [room(0, 0.15), *COPY]
-BOARD = [PRESS, room(0.12), neighbours(0.06, 0.15, aside=True), lettered(), snapped()]
-BOARD += [framed(), busy()]
+# Effects that several styles share: how often each is at work (1: always), and its settings
+PRESS = (0.4, bold, 0, 0.06)
+HEATED = [(0.25, lost_points), (0.3, starved), (0.4, pressed)]
+HEATED += [(1, partial(faded, dead=0.15), 2, 0.4), (1, coarse, 15, 24)]
+COPY = [(1, neighbours), (0.1, form_lines, [1, 2]), (1, partial(coarse, two_tones=0.6), 20, 48)]
+COPY += [(0.15, specks), (0.5, blur), (1, framed)]
+SCAN = [(0.2, lost_points), PRESS, (0.3, pressed), (0.2, starved), (1, faded, 2, 0.4)]
+SCAN += [(1, room, 0, 0.15), *COPY]
+BESIDE = partial(neighbours, aside=True)
+BOARD = [PRESS, (1, room, 0.12), (1, BESIDE, 0.06, 0.15), (1, lettered), (1, snapped)]
+BOARD += [(1, framed), (1, busy)]
 
-SEGMENTS = [bold(-0.06, 0, share=0.5), leaning(share=0.6), room(0, 0.3)]  # with wider gaps
-FAR = coarse(10, 18, share=0.2)
-CUT_OUT = [room(0.05, 0.2), neighbours(0.12, 0.4, aside=True)]  # of a word
+SEGMENTS = [(0.5, bold, -0.06, 0), (0.6, leaning), (1, room, 0, 0.3)]  # with wider gaps
+FAR = (0.2, coarse, 10, 18)
+CUT_OUT = [(1, room, 0.05, 0.2), (1, BESIDE, 0.12, 0.4)]  # of a word
 
 EVERYWHERE = {
-    "form": Style(2.5, [room(), neighbours(), form_lines()], CLEAN),
-    "fields": Style(1.5, [room(0, 0.12)], CLEAN, "fields", cells=True),
-    "photograph": Style(2.5, [room(0.08, 0.33), snapped(), FAR], SNAPSHOT),
-    "margins": Style(1.5, [room(0, 0.5), framed(0, share=0.4)]),
+    "form": Style(2.5, [(1, room), (1, neighbours), (1, form_lines)], CLEAN),
+    "fields": Style(1.5, [(1, room, 0, 0.12)], CLEAN, "fields", cells=True),
+    "photograph": Style(2.5, [(1, room, 0.08, 0.33), (1, snapped), FAR], SNAPSHOT),
+    "margins": Style(1.5, [(1, room, 0, 0.5), (0.4, framed, 0)]),
 }
 STYLES = {
     PRINTED: {
-        "plain": Style(0, [blur(share=0.4)], LIGHT),
-        "receipt": Style(4, [*HEATED, framed(), clipped(share=0.2)], SLIP, "receipt", NARROW),
-        "scanned": Style(4, [stretched(), *SCAN, clipped(share=0.2)], SLIP, "receipt"),
-        "label": Style(2, [PRESS, room(), form_lines([4], share=0.35)], PLATE, "label"),
-        "sign": Style(6, [stretched(), arched(share=0.35), *BOARD, FAR], SIGN, "sign"),
-        "letter": Style(3, [bold(0, 0.1, share=0.5), framed(), *CUT_OUT, *BOARD], SIGN, "large"),
-        "display": Style(2, [*SEGMENTS, blur(), snapped(share=0.5)], PLATE, "display", "dseg"),
+        "plain": Style(0, [(0.4, blur)], LIGHT),
+        "receipt": Style(4, [*HEATED, (1, framed), (0.2, clipped)], SLIP, "receipt", NARROW),
+        "scanned": Style(4, [(1, stretched), *SCAN, (0.2, clipped)], SLIP, "receipt"),
+        "label": Style(2, [PRESS, (1, room), (0.35, form_lines, [4])], PLATE, "label"),
+        "sign": Style(6, [(1, stretched), (0.35, arched), *BOARD, FAR], SIGN, "sign"),
+        "letter": Style(3, [(0.5, bold, 0, 0.1), (1, framed), *CUT_OUT, *BOARD], SIGN, "large"),
+        "display": Style(2, [*SEGMENTS, (1, blur), (0.5, snapped)], PLATE, "display", "dseg"),
     }
     | EVERYWHERE,
     HANDWRITTEN: {
-        "plain": Style(0, [blur(share=0.3)]),
-        "pen": Style(3, [pressed()], LIGHT),
-        "pencil": Style(2, [faded(grain=0.7)], FAINT),
-        "marker": Style(1.5, [bold(), blur(), faded()]),
-        "ruled": Style(3, [room(), ruled()], LIGHT),
+        "plain": Style(0, [(0.3, blur)]),
+        "pen": Style(3, [(1, pressed)], LIGHT),
+        "pencil": Style(2, [(1, partial(faded, grain=0.7))], FAINT),
+        "marker": Style(1.5, [(1, bold), (1, blur), (1, faded)]),
+        "ruled": Style(3, [(1, room), (1, ruled)], LIGHT),
         "copied": Style(3, [PRESS, *COPY], CLEAN),
-        "cheque": Style(3.5, [PRESS, room(), secured(share=0.8), blur(share=0.5)], CLEAN, "cheque"),
+        "cheque": Style(3.5, [PRESS, (1, room), (0.8, secured), (0.5, blur)], CLEAN, "cheque"),
     }
     | EVERYWHERE,
 }
@@ -1487,7 +1426,7 @@ class Source(NamedTuple):
     kind: str  # of what it is drawn with, and so of its styles
     pick: object  # gives a Font or a Hand for a Line, or None
     pen: object  # draws a whole label; None: EMNIST's images as they are
-    texts: str  # a mix of MIXES or one kind of text
+    texts: str  # a mix or one kind of text
     cell_pen: object = None  # draws characters one by one in cells, if any
 
 
@@ -1497,9 +1436,9 @@ SOURCES = {
     "emnist_images": Source(EMNIST, None, None, ""),
     "emnist_words": Source(EMNIST, pick_emnist_hand, compose, "emnist", compose),
     "emnist_math": Source(EMNIST, pick_emnist_hand, compose, "math"),
-    "handwriting": Source(HANDWRITTEN, pick_font, typeset, "by hand", typeset),
+    "handwriting": Source(HANDWRITTEN, pick_font, typeset, "by_hand", typeset),
     "unipen_words": Source(STROKES, pick_any_writer, retrace, "written"),
-    "unipen_text": Source(STROKES, pick_writer, compose, "by hand", compose),
+    "unipen_text": Source(STROKES, pick_writer, compose, "by_hand", compose),
     "unipen_math": Source(STROKES, pick_writer, compose, "math"),
 }
 
@@ -1524,19 +1463,24 @@ def sample(source, index):
         name, style = pick_style(row)
         # Expressions stay expressions in every style.
         texts = style.texts if style.texts and row.cell_pen else row.texts
-        label, alone = pick_text(MIXES.get(texts, {texts: 1}), split)
+        label, alone = pick_text(texts, split)
         if not acceptable(label):
             continue
-        framed_close = "framed" in [step.__name__ for step in style.effects]
-        if framed_close and alone and len(label) < 3 and not set(label) <= set(LARGE):
-            continue  # cut close to the ink, c may be C
         line = Line(label, alone, split, row, style, texts)
-        tool = row.pick(line)  # a Font or a Hand
+        tool = None if unclear(line) else row.pick(line)  # a Font or a Hand
         image = None if tool is None else draw(line, tool)
         if image is not None and is_readable(image, label):
             return image, label, split, name
     remedy = f"widen CHARSET and MAX_LENGTH, or set NUM_IMAGES[{source!r}] = 0"
     raise InputError(f"no {source} image in {TRIES} tries, the last label was {label!r}: {remedy}")
+
+
+def unclear(line):
+    """Whether nobody could read a Line's label, which no word around it explains."""
+    by_hand = line.source.pen is compose and set(line.label) & set("IlOo")  # O is 0
+    close = framed in [effect for _, effect, *_ in line.style.effects]  # cut so, c may be C
+    cut = close and len(line.label) < 3 and not set(line.label) <= set(read_grammar()["large"])
+    return line.alone and bool(by_hand or cut)
 
 
 def is_readable(image, label):
@@ -1559,14 +1503,8 @@ def draw(line, tool):
         inks = [warp(ink) for ink in inks]
     inks = [harden(tilt(ink)) for ink in inks]
     keep_height = line.alone or len(label) < 3 or chance(0.5)
-    return finish(in_cells(inks) if style.cells else crop(inks[0], keep_height), style)
-
-
-def finish(ink, style):
-    """Ink (H, W) in a Style: an image, uint8 (H, W)."""
-    for step in style.effects:
-        ink = step(ink)
-    return give_tones(ink, **style.tones)
+    ink = in_cells(inks) if style.cells else crop(inks[0], keep_height)
+    return give_tones(apply(style.effects, ink), **style.tones)
 
 
 # ---- Drawing, a chunk at a time. It is done when its csv, written last, has the present mark.
@@ -1580,7 +1518,8 @@ def find_mark():
     parts = [globals()[name] for name in SHAPING]
     parts += [version("pillow"), version("trdg"), cv2.__version__, np.__version__]
     parts += [code_below_constants(__file__), code_below_constants(crnn.__file__)]
-    files = [TEXTS_FILE, WORDS_FILE, LEFT_OUT_FILE, Path(DATASETS_DIR) / "unipen" / "strokes.npz"]
+    files = [TEXTS_FILE, WORDS_FILE, LEFT_OUT_FILE, PLACES_FILE]
+    files += [Path(DATASETS_DIR) / "unipen" / "strokes.npz"]
     files += [Path(font.path) for font in find_fonts()[0]]
     parts += [zlib.crc32(path.read_bytes()) for path in files if path.exists()]
     return f"{zlib.crc32(repr(parts).encode()):08x}"
@@ -1644,21 +1583,16 @@ def draw_all(counts):
 
 
 # ---- What can be drawn, and what is written
-def find_kinds(wanted):
-    """The kinds of what can be drawn with here, of those that are wanted."""
-    fonts, notes = find_fonts()
-    print(*notes, sep="\n", end="\n" * bool(notes))
-    kinds = {font.kind for font in fonts if font.held_out}
-    for kind in sorted(kinds):
-        families = {font.family for font in fonts if font.held_out and font.kind == kind}
-        print(f"{kind} held out for validation and test: {', '.join(sorted(families))}")
-    for kind, is_there in ((EMNIST, emnist_is_there), (STROKES, unipen_is_there)):
-        if kind in wanted and rank() == 0:
-            is_there()  # or downloads
-        crnn.wait_for_all()
-        if kind in wanted and is_there():
-            kinds.add(kind)
-    return kinds
+@cache
+def is_there(kind):
+    """Whether there is what images of a kind are drawn with, if need be after a download."""
+    find = {EMNIST: emnist_is_there, STROKES: unipen_is_there}.get(kind)
+    if find is None:  # validation and test need a family of their own
+        return any(font.kind == kind and font.held_out for font in find_fonts()[0])
+    if rank() == 0:
+        find()  # or downloads
+    crnn.wait_for_all()
+    return find()
 
 
 def count_images():
@@ -1666,19 +1600,15 @@ def count_images():
     unknown = NUM_IMAGES.keys() - SOURCES.keys()
     if unknown:
         raise InputError(f"NUM_IMAGES names {min(unknown)}: choose from {', '.join(SOURCES)}")
+    print(*find_fonts()[1], sep="\n")
     counts = {source: number for source, number in NUM_IMAGES.items() if number}
-    kinds_of = {s: {SOURCES[s].kind} for s in counts}
-    for source in counts:
-        if SOURCES[source].pen is compose:  # EMNIST has no signs
-            kinds_of[source].add(STROKES)
-    kinds = find_kinds(set().union(*kinds_of.values()))
-    for source, needed in kinds_of.items():
-        for kind in sorted(needed - kinds):
-            needs = (
-                f"two families of {kind} in {FONTS_DIR}" if kind in (PRINTED, HANDWRITTEN) else kind
-            )
-            print(f"{source} is skipped: it needs {needs}")
-            counts.pop(source, None)
+    for source in list(counts):
+        kind, signs = SOURCES[source].kind, SOURCES[source].pen is compose  # EMNIST has none
+        for needed in dict.fromkeys([kind, STROKES] if signs else [kind]):
+            if not is_there(needed):
+                needs = f"two families of {needed} in {FONTS_DIR}" if "fonts" in needed else needed
+                print(f"{source} is skipped: it needs {needs}")
+                counts.pop(source, None)
     if "emnist_images" in counts:  # no character twice
         most = [len(emnist(s)[1]) * (1 if s == "train" else CYCLE) for s in SPLITS]
         counts["emnist_images"] = min(counts["emnist_images"], *most)
@@ -1729,7 +1659,7 @@ def main():
     """Draw every source, then write data.csv and preview.png."""
     started, datasets = time.perf_counter(), Path(DATASETS_DIR)
     crnn.Charset(CHARSET)  # refuses a repeated character
-    for path in (TEXTS_FILE, WORDS_FILE, LEFT_OUT_FILE):
+    for path in (TEXTS_FILE, WORDS_FILE, LEFT_OUT_FILE, PLACES_FILE):
         if not path.exists():
             raise InputError(f"{path} is missing: it is part of the repository, fetch it again")
     crnn.join_processes()
