@@ -82,22 +82,37 @@ def make_line(prepare, label, split="train", alone=False, source="trdg_custom"):
     return prepare.Line(label, alone, split, source, style, source.texts)
 
 
-def pick_font(prepare, label, split, **line):
-    return prepare.pick_font(make_line(prepare, label, split, **line))
+def pick(prepare, *label_and_split, **line):
+    """The Font or Hand that a line is given, or None."""
+    line = make_line(prepare, *label_and_split, **line)
+    return line.source.pick(line)
 
 
 def contents(folder):
-    """Every file below a folder but downloads, as bytes."""
+    """Every file below a folder, as bytes."""
     paths = [path for path in Path(folder).rglob("*") if path.is_file()]
-    names = {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
-    return {name: text for name, text in names.items() if not re.match("emnist/|unipen/", name)}
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
 
 
-def draw_again(prepare, capsys):
-    """Run main. Returns how many images were new."""
+def draw(prepare, capsys, **constants):
+    """Run main with these constants. Returns what it printed, and how many images were new."""
+    prepare.set(**constants)
     capsys.readouterr()
     prepare.main()
-    return int(re.search(r"\(([\d,]+) new\)", capsys.readouterr().out)[1])
+    output = capsys.readouterr().out
+    return output, int(re.search(r"\(([\d,]+) new\)", output)[1])
+
+
+def in_forks(function, number=1):
+    """Call function(i) in so many forked processes at once, which must all come to their end."""
+    fork = get_context("fork").Process
+    processes = [fork(target=function, args=[i]) for i in range(number)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+        process.kill()
+        assert process.exitcode == 0
 
 
 def data_rows(prepare):
@@ -111,8 +126,6 @@ def read(reader, images):
 
 
 # ---- texts
-
-
 def test_every_kind_of_text_can_be_drawn(prepare):
     random.seed(0)
     kinds = prepare.read_grammar().keys() | prepare.RANDOM.keys()
@@ -158,9 +171,13 @@ def test_words_of_the_test_are_not_trained_on(prepare):
     assert len(drawn & words["train"]) > 1000
 
 
-def test_a_wider_charset_draws_what_it_holds(prepare, few_fonts):
-    """In words, alone and as a currency, in fonts that have them."""
-    prepare.set(CHARSET=prepare.CHARSET + "äöüé€")
+def test_a_charset_narrow_or_wide_is_drawn(prepare, few_fonts):
+    """Digits only; and accents and a currency: in words, alone and before a number."""
+    usual = prepare.CHARSET
+    prepare.set(CHARSET="0123456789")
+    assert "".join(prepare.sample("trdg_custom", i)[1] for i in range(20)).isdigit()
+    prepare.find_fonts.cache_clear()
+    prepare.set(CHARSET=usual + "äöüé€")
     assert set("äöüé€") <= fonts_by_name(prepare)["poppins-400.woff2"].characters
     drawn = [prepare.sample(source, i)[1] for source in TYPED for i in range(60)]
     assert set("äöüé") & set("".join(drawn))
@@ -170,24 +187,16 @@ def test_a_wider_charset_draws_what_it_holds(prepare, few_fonts):
     assert re.search("€[0-9]", " ".join(texts))
 
 
-def test_a_narrow_charset_still_finds_texts(prepare, few_fonts):
-    prepare.set(CHARSET="0123456789")
-    labels = [prepare.sample("trdg_custom", index)[1] for index in range(20)]
-    assert set("".join(labels)) <= set("0123456789")
-
-
 # ---- fonts
-
-
 def test_fonts_of_the_test_are_not_trained_in(prepare):
     fonts, notes = prepare.find_fonts()
     assert [note for note in notes if "held out for validation and test: " not in note] == []
-    sides = {(font.kind, font.family, font.held_out) for font in fonts}
-    assert len({side[:2] for side in sides}) == len(sides)  # no family is on both
     for kind, source in ((prepare.PRINTED, "trdg_custom"), (prepare.HANDWRITTEN, "handwriting")):
-        assert 0.1 <= np.mean([held_out for k, _, held_out in sides if k == kind]) < 0.2
+        sides = {(font.family, font.held_out) for font in fonts if font.kind == kind}
+        assert len({family for family, _ in sides}) == len(sides)  # no family is on both
+        assert 0.1 <= np.mean([held_out for _, held_out in sides]) < 0.2
         for split in SPLITS:
-            picked = [pick_font(prepare, "abc", split, source=source) for _ in range(30)]
+            picked = [pick(prepare, "abc", split, source=source) for _ in range(30)]
             assert {font.held_out for font in picked} == {split != "train"}
     for kind in (True, False):  # nothing is trained on that is never tested
         sides = [f.characters for f in fonts if f.kind == prepare.PRINTED and f.held_out == kind]
@@ -197,39 +206,34 @@ def test_fonts_of_the_test_are_not_trained_in(prepare):
 def test_fonts_are_only_used_for_what_they_draw(prepare):
     by_name = fonts_by_name(prepare)
     assert by_name["DejaVuSans.ttf"].characters == set(prepare.CHARSET)
-    assert not set("√π≤≥≠") & by_name["caveat-400.woff2"].characters  # not in the file
-    assert not set("abc") & by_name["rock-salt-400.woff2"].characters  # capitals instead
     assert set("0123456789") <= by_name["dseg7-400.woff2"].characters
-    assert not set("ABC") & by_name["dseg7-400.woff2"].characters  # of seven segments
+    # No glyph in the file; capitals instead; of seven segments
+    for name, missing in {"caveat": "√π≤≥≠", "rock-salt": "abc", "dseg7": "ABC"}.items():
+        assert not set(missing) & by_name[f"{name}-400.woff2"].characters
     rows = pd.read_csv(prepare.LEFT_OUT_FILE, dtype=str, keep_default_na=False)
-    assert rows.family.is_unique
-    assert rows.why.str.len().min() > 5
+    assert rows.family.is_unique and rows.why.str.len().min() > 5
     for row in rows.itertuples():
         drawn = [f.characters - set(f.borrowed) for f in by_name.values() if f.family == row.family]
         assert drawn and not set(row.characters) & set().union(*drawn), row.family
-
-
-def test_every_font_draws_what_it_may_be_asked_for(prepare):
-    """And neither nothing nor its box for the unknown, in a size that it was not chosen by."""
-    for font in fonts_by_name(prepare).values():
+    # Neither nothing nor the box for the unknown, in a size that no font was chosen by
+    for font in by_name.values():
         borrowed = set(font.borrowed)
         for path, some in ((font.path, font.characters - borrowed), (font.lender, borrowed)):
-            if some:
-                face = prepare.typeface(path, 24)
-                boxes = {bytes(face.getmask(c)) for c in "\u0378\ue123\U000e0fff"}  # unassigned
-                masks = {c: bytes(face.getmask(c)) for c in some - {" "}}
-                assert [c for c in masks if masks[c] in boxes or not any(masks[c])] == [], path
+            mask = prepare.typeface(path, 24).getmask if some else None
+            boxes = {bytes(mask(c)) for c in "\u0378\ue123\U000e0fff" if some}  # unassigned
+            masks = {c: bytes(mask(c)) for c in some - {" "}}
+            assert [c for c in masks if masks[c] in boxes or not any(masks[c])] == [], path
 
 
 def test_look_alikes_stand_alone_only_where_they_can_be_told_apart(prepare, downloaded):
     by_name = fonts_by_name(prepare)
     assert set("Il") <= by_name["poppins-400.woff2"].doubtful
     assert not set("O0Il1") & by_name["jetbrains-mono-400.woff2"].doubtful  # 0 has a slash
-    assert pick_font(prepare, "Il", "test", alone=True)  # and yet there are some to test it in
+    assert pick(prepare, "Il", "test", alone=True)  # and yet there are some to test it in
     for split in ("train", "val"):
-        picked = [pick_font(prepare, "AI7", split, alone=True) for _ in range(50)]
+        picked = [pick(prepare, "AI7", split, alone=True) for _ in range(50)]
         assert [font.path for font in picked if "I" in font.doubtful] == []
-    assert any("I" in pick_font(prepare, "India", "train").doubtful for _ in range(50))
+    assert any("I" in pick(prepare, "India", "train").doubtful for _ in range(50))
     for label, source in itertools.product(["O7", "lab"], ["emnist_words", "unipen_text"]):
         line = make_line(prepare, label, alone=True, source=source)  # by hand, nowhere
         assert prepare.unclear(line) and not prepare.unclear(line._replace(alone=False))
@@ -251,11 +255,12 @@ def test_signs_that_a_font_lacks_are_borrowed_and_stand_on_its_line(prepare):
     assert above[0] == above[1]
 
 
-DISPLAY = "dseg7-400.woff2"  # whose digits are as high as its line
+# One with swashes, and a display whose digits are as high as its line
+PEN_FONTS = ["DejaVuSans.ttf", "playfair-display-400i.woff2", "dseg7-400.woff2"]
 
 
 @pytest.mark.parametrize("pen", ["typeset", "typeset_by_trdg"])
-@pytest.mark.parametrize("name", ["DejaVuSans.ttf", "playfair-display-400i.woff2", DISPLAY])
+@pytest.mark.parametrize("name", PEN_FONTS)
 def test_a_font_draws_its_label_and_no_ink_is_lost(prepare, pen, name):
     """As much ink as Pillow draws: swashes, descenders and all."""
     font = fonts_by_name(prepare)[name]._replace(size=40)
@@ -283,8 +288,6 @@ def test_a_leaning_line_keeps_its_ink(prepare):
 
 
 # ---- hands
-
-
 def test_writers_of_the_test_are_not_trained_on(prepare, downloaded):
     """Nor is anybody's word, since the ink of characters and of texts is shared."""
     names, samples = {}, prepare.load_strokes()
@@ -308,21 +311,17 @@ def test_signs_that_unipen_lacks_are_put_together(prepare, downloaded, reader):
 
 
 # ---- styles and images
-
-
 @pytest.mark.parametrize("kind", ["printed fonts", "handwritten fonts"])
 def test_every_style_shows_its_text(prepare, kind):
     """A black line on white in each style: with contrast, and with ink that the network sees."""
-    for text, (name, style) in itertools.product(
-        ["Form 27", "-", "|"], prepare.STYLES[kind].items()
-    ):
+    styles = prepare.STYLES[kind].items()
+    for text, (name, style), i in itertools.product(["Form 27", "-", "|"], styles, range(4)):
         ink = 1 - np.asarray(line_image(text, size=30, margin=6), np.float32) / 255
-        for i in range(4):
-            random.seed(f"{name} {i}")
-            image = prepare.give_tones(prepare.apply(style.effects, ink), **style.tones)
-            assert image.dtype == np.uint8
-            assert int(image.max()) - int(image.min()) >= 25, (name, text, i)
-            assert (load_image(image) < 128).sum() >= 3, (name, text, i)
+        random.seed(f"{name} {i}")
+        image = prepare.give_tones(prepare.apply(style.effects, ink), **style.tones)
+        assert image.dtype == np.uint8
+        assert int(image.max()) - int(image.min()) >= 25, (name, text, i)
+        assert (load_image(image) < 128).sum() >= 3, (name, text, i)
 
 
 @pytest.mark.parametrize("source", prepare_ocr_dataset.SOURCES)
@@ -334,8 +333,8 @@ def test_an_image_shows_its_label(prepare, downloaded, reader, source):
 
 
 def test_all_sources(prepare, few_fonts, downloaded, capsys):
-    prepare.set(NUM_IMAGES=dict.fromkeys(prepare.SOURCES, 10))
-    assert draw_again(prepare, capsys) == 10 * len(prepare.SOURCES)
+    _, new = draw(prepare, capsys, NUM_IMAGES=dict.fromkeys(prepare.SOURCES, 10))
+    assert new == 10 * len(prepare.SOURCES)
     rows, folder = data_rows(prepare), Path(prepare.DATASETS_DIR)
     assert list(rows.columns) == ["image_path", "label", "source", "split", "style"]
     assert set(rows.split) == set(SPLITS)
@@ -344,8 +343,7 @@ def test_all_sources(prepare, few_fonts, downloaded, capsys):
     for row in rows.itertuples():
         assert prepare.acceptable(row.label)
         image = load_image(folder / row.image_path)
-        assert image.min() == 0, f"{row.image_path} is blank"
-        assert crnn.fits(row.label, image)
+        assert image.min() == 0 and crnn.fits(row.label, image), row.image_path
     assert np.asarray(Image.open(folder / "preview.png")).min() == 0
 
 
@@ -358,26 +356,17 @@ def test_no_character_of_emnist_is_drawn_twice(prepare, downloaded):
 
 
 # ---- drawing: the same files whoever draws them, and only those that are missing
-
-
 def draw_in_two_processes(main):
     """As two machines do, or torchrun."""
     with socket.create_server(("127.0.0.1", 0)) as free:
-        group = dict(
-            WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free.getsockname()[1])
-        )
+        port = str(free.getsockname()[1])
 
-    def draw(rank):
-        os.environ.update(group, RANK=rank)
+    def draw_a_share(rank):
+        place = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+        os.environ.update(place, WORLD_SIZE="2", RANK=str(rank))
         main()
 
-    processes = [get_context("fork").Process(target=draw, args=rank) for rank in "01"]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(60)
-        process.kill()
-        assert process.exitcode == 0
+    in_forks(draw_a_share, 2)
 
 
 WAYS = ["spawn", pytest.param("fork", marks=FORK), pytest.param("machines", marks=FORK)]
@@ -390,21 +379,20 @@ def test_workers_and_machines_change_nothing(prepare, few_fonts, downloads, tmp_
     prepare.set(SEED=7, CHUNK=8 if spawn else 3, NUM_IMAGES=sources)
     for name in ("one", "two"):
         shutil.copytree(downloads, tmp_path / name)
-    prepare.set(DATASETS_DIR=str(tmp_path / "one"))
-    prepare.main()
+        prepare.set(DATASETS_DIR=str(tmp_path / name))
+        capfd.readouterr()
+        if name == "one":
+            prepare.main()
+        elif way == "machines":
+            draw_in_two_processes(prepare.main)
+        else:
+            pool = partial(ProcessPoolExecutor, mp_context=get_context(way))
+            prepare.set(NUM_WORKERS=2, ProcessPoolExecutor=pool)
+            prepare.main()
+        assert capfd.readouterr().out.count(" new)") == 1  # one of them speaks
     one = contents(tmp_path / "one")
     assert len([name for name in one if name.endswith(".png")]) == sum(sources.values()) + 1
-    prepare.set(DATASETS_DIR=str(tmp_path / "two"), NUM_WORKERS=2)
-    capfd.readouterr()
-    if way == "machines":
-        prepare.set(NUM_WORKERS=1)
-        draw_in_two_processes(prepare.main)
-    else:
-        context = get_context(way)
-        prepare.set(ProcessPoolExecutor=partial(ProcessPoolExecutor, mp_context=context))
-        prepare.main()
     assert contents(tmp_path / "two") == one
-    assert capfd.readouterr().out.count(" new)") == 1  # one of them speaks
 
 
 @FORK
@@ -413,79 +401,78 @@ def test_a_forked_worker_draws_a_wide_line(prepare, few_fonts):
     wide = np.pad(np.zeros((20, 2600), np.uint8), 10, constant_values=255)
     assert int((load_image(wide) < 128).sum()) > 0  # they are awake here
     prepare.set(draw=lambda *arguments: wide)
-    worker = get_context("fork").Process(target=prepare.sample, args=("trdg_custom", 0))
-    worker.start()
-    worker.join(60)
-    worker.kill()
-    assert worker.exitcode == 0
+    in_forks(partial(prepare.sample, "trdg_custom"))
 
 
-@pytest.mark.parametrize("seed, new", [(0, 12 - 6), (1, 12 - 3)])
-def test_a_run_that_was_stopped_ends_in_the_same_bytes(prepare, few_fonts, capsys, seed, new):
+STOPS = [(0, KeyboardInterrupt, 12 - 6), (1, OSError(28, "No space left"), 12 - 3)]
+
+
+@pytest.mark.parametrize("seed, stop, new", STOPS)
+def test_a_run_that_was_stopped_ends_in_the_same_bytes(prepare, few_fonts, capsys, seed, stop, new):
     """Also where it was stopped with other constants, which are then changed back."""
-    prepare.set(CHUNK=3, NUM_IMAGES=dict(trdg_custom=12))
-    prepare.main()
+    draw(prepare, capsys, CHUNK=3, NUM_IMAGES=dict(trdg_custom=12))
     whole, sample = contents(prepare.DATASETS_DIR), prepare.sample
     if seed == 0:
         shutil.rmtree(Path(prepare.DATASETS_DIR) / "trdg_custom")
     prepare.set(SEED=seed)
     first = [sample("trdg_custom", i) for i in range(8)]
-    prepare.set(sample=Mock(side_effect=[*first, KeyboardInterrupt]))
-    with pytest.raises(KeyboardInterrupt):
+    prepare.set(sample=Mock(side_effect=[*first, stop]))
+    with pytest.raises((KeyboardInterrupt, OSError)):
         prepare.main()
-    assert "data.csv" not in contents(prepare.DATASETS_DIR)
-    prepare.set(SEED=0, sample=sample)
+    left = contents(prepare.DATASETS_DIR)  # no labels of the former images
+    assert not {"data.csv", "trdg_custom/00006.csv"} & left.keys()
     (Path(prepare.DATASETS_DIR) / "trdg_custom" / ".00006.csv.99.part").touch()  # by kill -9
-    assert draw_again(prepare, capsys) == new
+    assert draw(prepare, capsys, SEED=0, sample=sample)[1] == new
     assert contents(prepare.DATASETS_DIR) == whole
 
 
 def test_only_what_changed_is_drawn_again(prepare, few_fonts, capsys):
+    csv_path = Path(prepare.DATASETS_DIR) / "trdg_custom" / "00000.csv"
+    font = Path(prepare.FONTS_DIR) / "printed" / "abel-400.woff2"
     steps = [
-        (dict(NUM_IMAGES=dict(trdg_custom=6, handwriting=6)), 12),
-        (dict(), 0),
-        (dict(NUM_IMAGES=dict(trdg_custom=11, handwriting=6)), 5),  # from the chunk not full on
-        (dict(STYLED=0), 17),
-        (dict(NUM_IMAGES=dict(trdg_custom=5)), 0),
+        (dict(NUM_IMAGES=dict(trdg_custom=6, handwriting=6)), None, 12),
+        (dict(), None, 0),
+        (dict(NUM_IMAGES=dict(trdg_custom=11, handwriting=6)), None, 5),  # from the chunk not full
+        (dict(STYLED=0), None, 17),
+        (dict(NUM_IMAGES=dict(trdg_custom=5)), None, 0),
+        (dict(), lambda: csv_path.write_text("image_path,label"), 3),
+        (dict(), font.unlink, 5),
     ]
     prepare.set(CHUNK=3)
-    for changes, new in steps:
-        prepare.set(**changes)
-        assert draw_again(prepare, capsys) == new, changes
+    for constants, change, new in steps:
+        if change:
+            change()
+            prepare.find_fonts.cache_clear()
+        assert draw(prepare, capsys, **constants)[1] == new, constants
     assert list(data_rows(prepare).source) == ["trdg_custom"] * 5  # no others are listed
     assert set(data_rows(prepare)["style"]) == {"plain"}
-    (Path(prepare.DATASETS_DIR) / "trdg_custom" / "00000.csv").write_text("image_path,label")
-    assert draw_again(prepare, capsys) == 3
-    (Path(prepare.FONTS_DIR) / "printed" / "abel-400.woff2").unlink()
-    prepare.find_fonts.cache_clear()
-    assert draw_again(prepare, capsys) == 5
 
 
-CHANGES = [(crnn, "if ", "if not ", True), (prepare_ocr_dataset, "if ", "if not ", True)]
-CHANGES += [(prepare_ocr_dataset, "  # ", "  # Now ", False)]
+CHANGES = [
+    (crnn, "if ", "if not ", True),
+    (prepare_ocr_dataset, "if ", "if not ", True),
+    (prepare_ocr_dataset, "  # ", "  # Now ", False),
+]
 
 
-@pytest.mark.parametrize("module, old, new, noticed", CHANGES)
-def test_changed_code_is_noticed(
-    prepare, few_fonts, monkeypatch, tmp_path, module, old, new, noticed
-):
+@pytest.mark.parametrize("module, old, new, seen", CHANGES)
+def test_changed_code_is_noticed(prepare, few_fonts, monkeypatch, tmp_path, module, old, new, seen):
     before, code = prepare.find_mark(), Path(module.__file__).read_text(encoding="utf-8")
     (tmp_path / "changed.py").write_text(code.replace(old, new), encoding="utf-8")
     assert code.replace(old, new) != code
     monkeypatch.setattr(module, "__file__", str(tmp_path / "changed.py"))
-    assert (prepare.find_mark() != before) == noticed
+    assert (prepare.find_mark() != before) == seen
 
 
 def test_images_of_ones_own(prepare, few_fonts, capsys):
     """In datasets/custom, and in folders of it that may name their source and split."""
-    prepare.set(NUM_IMAGES=dict(trdg_custom=2))
     folder, texts = Path(prepare.DATASETS_DIR) / "custom", [f"A-{i}" for i in range(30)]
     write_csv(folder / "scans", texts)
     labels = [f"scans\\{i}.png,{text}" for i, text in enumerate(texts)]
     (folder / "labels.csv").write_text("\n".join(["image_path,label", *labels]))
     (folder / "scans" / "7.png").unlink()  # missing: it is left to the training to report
     write_csv(folder / "meters", ["12", "34"], "labels.csv", source="dials", split="test")
-    prepare.main()
+    draw(prepare, capsys, NUM_IMAGES=dict(trdg_custom=2))
     own = data_rows(prepare)[2:]
     paths = [f"custom/scans/{i}.png" for i in range(30)]
     assert list(own.image_path) == [*paths, "custom/meters/0.png", "custom/meters/1.png"]
@@ -495,25 +482,20 @@ def test_images_of_ones_own(prepare, few_fonts, capsys):
     assert list(own.split[30:]) == ["test"] * 2
     for path in (folder, folder / "meters"):
         (path / "labels.csv").unlink()
-    prepare.main()
-    assert "no labels.csv" in capsys.readouterr().out
+    assert "no labels.csv" in draw(prepare, capsys)[0]
     assert set(data_rows(prepare).source) == {"trdg_custom"}
 
 
 # ---- what is missing or wrong
-
-
 def test_without_downloads_and_without_network(prepare, few_fonts, capsys, monkeypatch):
     """A server that never answers is the worst case: found out in time, and said once."""
     with socket.create_server(("127.0.0.1", 0)) as silent:
         url = f"http://127.0.0.1:{silent.getsockname()[1]}/"
         monkeypatch.setattr(torchvision.datasets.EMNIST, "url", url + "gzip.zip")
         prepare.set(DOWNLOAD_TIMEOUT=1, UNIPEN_RECORD=url)
-        prepare.set(NUM_IMAGES=dict.fromkeys(prepare.SOURCES, 2))
         start = time.monotonic()
-        prepare.main()
+        output, _ = draw(prepare, capsys, NUM_IMAGES=dict.fromkeys(prepare.SOURCES, 2))
     assert time.monotonic() - start < 30
-    output = capsys.readouterr().out
     for name, place in (("EMNIST", "emnist/EMNIST/raw/"), ("UNIPEN", "unipen/")):
         assert output.count(f"could not get {name}") == 1
         assert f"{prepare.DATASETS_DIR}/{place}" in output
@@ -542,20 +524,7 @@ def test_a_broken_font_is_skipped_by_name_and_one_family_is_too_few(prepare, few
     (Path(prepare.FONTS_DIR) / "broken ü.ttf").write_bytes(b"no font")
     for path in sorted(Path(prepare.FONTS_DIR).glob("handwriting/*"))[1:]:
         path.unlink()
-    prepare.set(NUM_IMAGES=dict.fromkeys(TYPED, 2))
-    prepare.main()
-    output = capsys.readouterr().out
+    output, _ = draw(prepare, capsys, NUM_IMAGES=dict.fromkeys(TYPED, 2))
     assert "broken ü.ttf is skipped" in output
     assert "handwriting is skipped: it needs two families of handwritten fonts" in output
     assert set(data_rows(prepare).source) == set(TYPED) - {"handwriting"}
-
-
-def test_a_full_disk_is_an_error_that_leaves_no_labels(prepare, few_fonts, monkeypatch):
-    """Those of the former images would be wrong."""
-    prepare.set(NUM_IMAGES=dict(trdg_custom=2))
-    prepare.main()
-    prepare.set(SEED=1)
-    monkeypatch.setattr(Image.Image, "save", Mock(side_effect=OSError(28, "No space left")))
-    with pytest.raises(OSError, match="No space left"):
-        prepare.main()
-    assert [path for path in contents(prepare.DATASETS_DIR) if path.endswith(".csv")] == []
