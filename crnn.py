@@ -675,7 +675,8 @@ def read_images(model, images, batch_size, known=None):
     for i, reading in enumerate(readings):
         if reading.unrestricted is not None:  # its confidence is a share among texts
             continue
-        several = len(reading.text) != 1 and count_lines(images[i]) > 1  # an = has two bands, too
+        one = reading.text and set(reading.text) <= set("=:;÷")  # these have two parts themselves
+        several = not one and count_lines(images[i]) > 1
         if several or not reading.text and looks_written(images[i]):
             readings[i] = reading._replace(confidence=0.0)
         else:
@@ -687,9 +688,16 @@ def read_images(model, images, batch_size, known=None):
 def count_lines(image):
     """How many bands of rows with ink an image (HEIGHT, W) has that are high enough for lines."""
     runs = groupby((image < INK_TONE).any(1).tolist())
-    heights = [len([*rows]) for inked, rows in runs if inked]
-    least = max(4, 0.5 * max(heights, default=0))  # 4: no mere rule
-    return sum(height >= least for height in heights)
+    runs = [(inked, len([*rows])) for inked, rows in runs]
+    highest = max((rows for inked, rows in runs if inked), default=0)
+    lines, gap = 0, HEIGHT
+    for inked, rows in runs:
+        if inked and rows >= max(4, 0.7 * highest):  # 4: no mere rule
+            # Nearer ones are parts of one, as of a 1 in seven segments.
+            lines, gap = lines + (gap >= highest / 3), 0
+        else:
+            gap += rows
+    return lines
 
 
 def looks_written(image):

@@ -1,5 +1,6 @@
 """Shared by the tests: the scripts with tiny constants, a runner for them, and small data."""
 
+import importlib
 import os
 import re
 import shutil
@@ -17,6 +18,7 @@ from PIL import Image, ImageDraw, ImageFont
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 FONT = str(ROOT / "myFonts" / "DejaVuSans.ttf")
+CHARSET = "".join(map(chr, range(32, 127))) + "×÷±√π≤≥≠"  # as shipped
 
 # Every download fails at once, in processes of their own too: nothing answers at that port.
 os.environ.update(http_proxy="http://127.0.0.1:9", https_proxy="http://127.0.0.1:9")
@@ -111,85 +113,43 @@ class Script:
         return run.stdout
 
 
-# What a test finds in each script, whatever the user has edited there
-SHIPPED = dict(
-    prepare_ocr_dataset=dict(
-        CHARSET="".join(map(chr, range(32, 127))) + "×÷±√π≤≥≠",
-        MAX_LENGTH=28,
-        STYLED=0.6,
-        WARPED=0.75,
-        HELD_OUT_FONTS=0.1,
-        FONTS_DIR=str(ROOT / "myFonts"),
-        SEED=0,
-        NUM_WORKERS=1,
-        DOWNLOAD_TIMEOUT=20,
-    ),
-    train_crnn=dict(
-        INIT_WEIGHTS=None,
-        GROW={},
-        RESUME=False,
-        MIN_CHARACTER_ROWS=1,
-        FROM_NOTHING=dict(
-            channels=(8, 16, 24, 32),
-            hidden=32,
-            blocks=0,
-            row_blocks=(0, 0),
-            matrix_learning_rate=1e-2,
-            learning_rate=3e-3,
-            shortcut_weight=0.1,
-            frozen_norms=0.25,
-        ),
-        FINE_TUNE=dict(
-            matrix_learning_rate=1e-3, learning_rate=3e-4, shortcut_weight=0, frozen_norms=1
-        ),
-        EPOCHS=1,
-        MIN_STEPS=0,
-        BATCH_SIZE=32,
-        WARM_UP=0.1,
-        AVERAGE=0.1,
-        WEIGHT_DECAY=1e-2,
-        DROPOUT=0.0,
-        AUGMENT=1.0,
-        BLANKS=0.01,
-        SEED=0,
-        NUM_THREADS=1,
-        DEVICE="cpu",
-        PRECISION=None,
-    ),
-    inference_crnn=dict(
-        NUM_SAMPLES=20,
-        BATCH_SIZE=48,
-        ALLOWED=None,
-        LEXICON=None,
-        MIN_CONFIDENCE=0.5,
-        PREDICTIONS_JSONL=None,
-        ONNX_PATH=None,
-        REPORT_DIR=None,
-        NUM_THREADS=1,
-        DEVICE="cpu",
-    ),
-)
+# What a test finds in the scripts, whatever the user has edited there; each gets those it knows
+RECIPE = dict(matrix_learning_rate=1e-2, learning_rate=3e-3, shortcut_weight=0.1, frozen_norms=0.25)
+RECIPE |= dict(channels=(8, 16, 24, 32), hidden=32, blocks=0, row_blocks=(0, 0))
+GENTLE = dict(matrix_learning_rate=1e-3, learning_rate=3e-4, shortcut_weight=0, frozen_norms=1)
+CONSTANTS = dict(SEED=0, NUM_WORKERS=1, NUM_THREADS=1, DEVICE="cpu", PRECISION=None)
+CONSTANTS |= dict(CHARSET=CHARSET, MAX_LENGTH=28, STYLED=0.6, WARPED=0.75, HELD_OUT_FONTS=0.1)
+CONSTANTS |= dict(FONTS_DIR=str(ROOT / "myFonts"), DOWNLOAD_TIMEOUT=20, MIN_CHARACTER_ROWS=1)
+CONSTANTS |= dict(INIT_WEIGHTS=None, GROW={}, RESUME=False, FROM_NOTHING=RECIPE, FINE_TUNE=GENTLE)
+CONSTANTS |= dict(EPOCHS=1, MIN_STEPS=0, BATCH_SIZE=32, WARM_UP=0.1, AVERAGE=0.1, DROPOUT=0.0)
+CONSTANTS |= dict(WEIGHT_DECAY=1e-2, AUGMENT=1.0, BLANKS=0.01, NUM_SAMPLES=20, MIN_CONFIDENCE=0.5)
+CONSTANTS |= dict(ALLOWED=None, LEXICON=None, PREDICTIONS_JSONL=None, ONNX_PATH=None)
+CONSTANTS |= dict(REPORT_DIR=None)
+# Likewise, in the folder of the test
+FILES = dict(DATASETS_DIR="datasets", DATA_CSV="datasets/data.csv", MODEL_PATH="model/crnn.pth")
+FILES |= dict(PRETRAINED="no.pth", PREDICTIONS_CSV="predictions.csv")
 
 
 def make_script(module, monkeypatch, **constants):
     """A Script with all of its constants set, so that what a user edited does not count."""
     script = Script(module, monkeypatch)
-    shipped = SHIPPED[module.__name__]
-    script.set(**{name: shipped[name] for name in shipped if hasattr(module, name)} | constants)
+    shared = {name: value for name, value in CONSTANTS.items() if hasattr(module, name)}
+    script.set(**shared | constants)
     code = Path(module.__file__).read_text(encoding="utf-8").split("# ---")[1]  # the constants
     missing = set(re.findall("^([A-Z_]+) = ", code, re.M)) - set(script.constants)
     assert not missing, f"conftest.py sets no {missing}: their edited values would reach the tests"
     return script
 
 
-SLOW = ["survey_font", "code_below_constants", "find_words", "typeface"]  # the same in all tests
+def script_in(folder, name, monkeypatch, **constants):
+    """The Script of that name, with all its files in a folder."""
+    module = importlib.import_module(name)
+    files = {each: str(folder / FILES[each]) for each in FILES if hasattr(module, each)}
+    return make_script(module, monkeypatch, **files, **constants)
 
 
-@cache
-def keep_what_is_slow(module):
-    """Look at each font and parse the scripts once for all tests: they take six seconds and one."""
-    for name in SLOW[:2]:
-        setattr(module, name, cache(getattr(module, name)))
+# The same in all tests; to look at each font and to parse the scripts takes six seconds and one.
+SLOW = ["survey_font", "code_below_constants", "find_words", "typeface"]
 
 
 @pytest.fixture
@@ -197,14 +157,14 @@ def prepare(tmp_path, monkeypatch):
     """The preparation script with 24 images a source, one process and its own datasets folder."""
     import prepare_ocr_dataset as module
 
-    number = dict.fromkeys(module.SOURCES, 24)
-    folder = str(tmp_path / "datasets")
-    script = make_script(module, monkeypatch, NUM_IMAGES=number, DATASETS_DIR=folder)
-    keep_what_is_slow(module)
+    for name in SLOW:
+        if not hasattr(vars(module)[name], "cache_clear"):
+            setattr(module, name, cache(vars(module)[name]))
     for name in vars(module).keys() - SLOW:
         if hasattr(vars(module)[name], "cache_clear"):  # another test's fonts and downloads
             vars(module)[name].cache_clear()
-    return script
+    number = dict.fromkeys(module.SOURCES, 24)
+    return script_in(tmp_path, "prepare_ocr_dataset", monkeypatch, NUM_IMAGES=number)
 
 
 @pytest.fixture
@@ -222,19 +182,10 @@ def few_fonts(prepare, tmp_path):
 @pytest.fixture
 def train(tmp_path, monkeypatch):
     """The training script from nothing with a small network and its own model folder."""
-    import train_crnn as module
-
-    paths = dict(DATA_CSV=tmp_path / "datasets" / "data.csv")
-    paths["MODEL_PATH"] = tmp_path / "model" / "crnn.pth"
-    return make_script(module, monkeypatch, **{name: str(path) for name, path in paths.items()})
+    return script_in(tmp_path, "train_crnn", monkeypatch)
 
 
 @pytest.fixture
 def infer(tmp_path, monkeypatch):
     """The inference script on the files of the fixtures above."""
-    import inference_crnn as module
-
-    paths = dict(DATA_CSV=tmp_path / "datasets" / "data.csv")
-    paths |= dict(MODEL_PATH=tmp_path / "model" / "crnn.pth", PRETRAINED=tmp_path / "no.pth")
-    paths["PREDICTIONS_CSV"] = tmp_path / "predictions.csv"
-    return make_script(module, monkeypatch, **{name: str(path) for name, path in paths.items()})
+    return script_in(tmp_path, "inference_crnn", monkeypatch)

@@ -19,6 +19,8 @@ from PIL import Image
 import crnn
 from crnn import CRNN, Charset, load_checkpoint, save_checkpoint
 
+WEIGHTS = ROOT / "ocr_crnn_model" / "pretrained.pth"  # of the repository
+
 
 @pytest.fixture
 def checkpoint(infer):
@@ -147,25 +149,29 @@ def test_low_confidence_is_marked(infer, line, capsys, least, marked):
     assert f"1 image read, {int(marked)} below MIN_CONFIDENCE" in output
 
 
-def test_unreadable_images_are_reported_and_the_rest_is_read(infer, checkpoint, tmp_path, capsys):
-    folder = write_csv(tmp_path / "mixed", ["cat", "dog"]).parent
-    (folder / "zero.png").write_bytes(b"")
-    (folder / "half.png").write_bytes((folder / "0.png").read_bytes()[:90])
+def test_of_a_folder_what_is_no_image_is_named_and_the_rest_is_read(infer, line, tmp_path, capsys):
+    folder, missing = tmp_path / "scans", str(tmp_path / "missing.png")
+    folder.mkdir()
+    for name in ("a.jfif", "b.pgm"):
+        line_image("Rg7").save(folder / name, "JPEG" if "j" in name else None)
+    for name in ("._a.jfif", "c.pdf", "d.pdf", "notes.txt", "zero.png", "text.jpg"):
+        (folder / name).touch()
     (folder / "text.jpg").write_text("no image")
-    assert infer.main([str(folder), str(tmp_path / "missing.png")]) == 1
-    captured = capsys.readouterr()
+    shutil.copytree(folder, folder / ".hidden")
+    assert infer.main([str(folder), missing]) == 1
+    output, errors = capsys.readouterr()
+    assert "3 files passed over that are no images: .pdf .txt" in output
+    assert "2 images read" in output and "3 skipped" in output
     assert len(predictions(infer)) == 2
-    assert "4 skipped" in captured.out
-    for name in ("zero.png", "half.png", "text.jpg", "missing.png"):
-        assert name in captured.err
-    assert infer.main([str(tmp_path / "missing.png")]) == 1  # nothing that can be read
+    skipped = re.findall(r"^skipped: .*?([a-z]+\.\w+): ", errors, re.M)
+    assert skipped == ["text.jpg", "zero.png", "missing.png"]
+    assert infer.main([missing]) == 1  # nothing that can be read
     assert len(predictions(infer)) == 0
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 def test_a_forked_child_reads_what_its_parent_has_loaded(infer, checkpoint, line):
     """torch's threads stay behind in the parent: a child that used them would wait for ever."""
-    if not hasattr(os, "fork"):
-        pytest.skip("no fork here")
     model, number = load_checkpoint(checkpoint), torch.get_num_threads()
     torch.set_num_threads(2)
     try:
@@ -189,26 +195,10 @@ def test_a_form_has_fields_of_several_kinds(infer, checkpoint, tmp_path):
     assert set(rows.prediction[2]) <= set("R7gOthe")
 
 
-def test_a_quarter_turn_is_read(infer, tmp_path):
-    shutil.copy(ROOT / "ocr_crnn_model" / "pretrained.pth", tmp_path)
-    turned = [
-        line_image("R7-4052").rotate(angle, expand=True, fillcolor=255) for angle in (90, 270)
-    ]
-    readings = infer.recognize(turned, tmp_path / "pretrained.pth")
+def test_a_quarter_turn_is_read(infer):
+    turned = [line_image("R7-4052").transpose(Image.Transpose[f"ROTATE_{a}"]) for a in (90, 270)]
+    readings = infer.recognize(turned, WEIGHTS)
     assert [reading.text for reading in readings] == ["R7-4052"] * 2
-
-
-def test_a_folder_says_what_it_passes_over(infer, line, tmp_path, capsys):
-    folder = tmp_path / "scans"
-    folder.mkdir()
-    for name in ("a.jfif", "b.pgm"):
-        line_image("Rg7").save(folder / name, "JPEG" if "j" in name else None)
-    for name in ("._a.jfif", "c.pdf", "d.pdf", "notes.txt"):
-        (folder / name).touch()
-    shutil.copytree(folder, folder / ".hidden")
-    assert infer.main([str(folder)]) == 0
-    assert "3 files passed over that are no images: .pdf .txt" in capsys.readouterr().out
-    assert len(predictions(infer)) == 2
 
 
 def test_a_name_that_is_not_utf8_is_skipped(infer, line, tmp_path, capsys):
@@ -238,7 +228,7 @@ def test_two_runs_at_once_lose_nothing(infer, line, tmp_path, monkeypatch):
 def test_weights_are_found_beside_the_script(infer, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     infer.set(MODEL_PATH="no.pth", PRETRAINED="ocr_crnn_model/pretrained.pth")
-    assert infer.model_path() == ROOT / "ocr_crnn_model" / "pretrained.pth"
+    assert infer.model_path() == WEIGHTS
     assert infer.recognize(line_image("R7"))[0].text == "R7"
 
 
@@ -306,20 +296,16 @@ def test_one_line_says_what_to_do(infer, line, tmp_path, monkeypatch, constant, 
     assert "\n" not in str(stop.value)
 
 
-@pytest.fixture
-def awkward(tmp_path):
-    """Rows as a report takes them, with errors of all kinds and signs that pages and plots use."""
+def test_the_report_counts_errors_and_stands_alone(infer, tmp_path):
+    """Errors of all kinds, and signs that pages and plots give a meaning."""
     labels = ["AA", "b c", "$5", "<b>", "one", "<"]
     rows = pd.read_csv(write_csv(tmp_path / "own", labels, source="own"))
     rows["image_path"] = [str(tmp_path / "own" / name) for name in rows.image_path]
-    read = ["AA", "bc", "S5!", "<B>", "One", "("]
-    return rows.assign(prediction=read, confidence=[0.99, 0.4, 0.8, 0.9, 0.6, 0.2])
-
-
-def test_the_report_counts_errors_and_stands_alone(infer, awkward, tmp_path):
+    rows["prediction"] = ["AA", "bc", "S5!", "<B>", "One", "("]
+    rows["confidence"] = [0.99, 0.4, 0.8, 0.9, 0.6, 0.2]
     assert infer.edits("b c$5", "bcS5!") == [(" ", ""), ("$", "S"), ("", "!")]
     infer.set(REPORT_DIR=str(tmp_path / "report"), MODEL_PATH="R&D.pth")
-    infer.write_report(awkward)
+    infer.write_report(rows)
     page = (tmp_path / "report" / "index.html").read_text(encoding="utf-8")
     shares = {
         "exact match": "16.7%",
@@ -335,7 +321,7 @@ def test_the_report_counts_errors_and_stands_alone(infer, awkward, tmp_path):
     assert "://" not in page
     assert "R&amp;D.pth" in page
     assert Image.open(tmp_path / "report" / "surest_errors.png").width > 300
-    page = infer.write_report(awkward[:1]).read_text(encoding="utf-8")  # without any error
+    page = infer.write_report(rows[:1]).read_text(encoding="utf-8")  # without any error
     assert re.search(r"<th>exact match</th>\s*<td>100.0%</td>", page)
 
 
@@ -355,8 +341,9 @@ def scans(infer, checkpoint, tmp_path):
     return tmp_path / "my scans"
 
 
-def test_a_page_lists_the_readings_to_correct(infer, scans, tmp_path):
-    page = (tmp_path / "report" / "check.html").read_text(encoding="utf-8")
+def test_a_page_lists_the_readings_to_correct_and_many_take_several(infer, scans, tmp_path, capsys):
+    report = tmp_path / "report"
+    page = (report / "check.html").read_text(encoding="utf-8")
     job = json.loads(re.search("^const job = (.*)$", page, re.M)[1])
     assert job["file"] == "labels.csv" and Path(job["folder"]) == scans
     confidences = [row["confidence"] for row in job["rows"]]
@@ -364,20 +351,17 @@ def test_a_page_lists_the_readings_to_correct(infer, scans, tmp_path):
     assert all((scans / row["path"]).is_file() for row in job["rows"])
     assert all(len(row["others"]) == len(row["text"]) for row in job["rows"])
     assert "://" not in page
-
-
-def test_many_readings_take_several_pages(infer, scans, tmp_path, capsys):
-    (scans / "labels.csv").write_text("image_path,label\n")  # saved from an earlier page
+    (scans / "labels.csv").write_text("image_path,label\n")  # saved from that page
     infer.set(CHECKED_AT_ONCE=3)
     infer.main([str(scans)])
     output = capsys.readouterr().out
-    pages = [tmp_path / "report" / name for name in ("check.html", "check_2.html", "check_3.html")]
+    pages = [report / name for name in ("check.html", "check_2.html", "check_3.html")]
     for number, page in enumerate(pages, start=2):
         assert page.as_posix() in output
         assert f'"file": "labels_{number}.csv"' in page.read_text(encoding="utf-8")
     infer.set(CHECKED_AT_ONCE=5000)
     infer.main([str(scans)])
-    assert list((tmp_path / "report").glob("check*.html")) == pages[:1]  # no former pages
+    assert list(report.glob("check*.html")) == pages[:1]  # no former pages
 
 
 @pytest.fixture
