@@ -407,6 +407,11 @@ def test_a_second_look_is_another_size_of_the_same_text():
     assert crnn.shrink(blank).shape == (32, 34)
     assert crnn.invert(image) is None
     assert torch.equal(crnn.invert(255 - image), image)  # perhaps the wrong polarity
+    leaning = torch.full((32, 40), 255, dtype=torch.uint8)
+    for row in range(32):
+        leaning[row, 20 - round(0.15 * (row - 16))] = 0  # to the right, as many write
+    inked = [(look < 155).sum(0).max() for look in (leaning, crnn.straighten(leaning))]
+    assert inked[0] < 10 and inked[1] > 20  # rows in one column
 
 
 def test_the_shipped_weights_read_what_they_always_read(shipped, monkeypatch):
