@@ -248,7 +248,14 @@ def read_all(samples, model):
     def know(allowed, lexicon):
         return crnn.know(model.charset, allowed or ALLOWED, lexicon or LEXICON)
 
-    known, rows = [know(s.allowed, s.lexicon) for s in samples], []
+    def know_of(sample):
+        try:
+            return know(sample.allowed, sample.lexicon)
+        except InputError as error:
+            row = f"{sample.path}: " if sample.allowed or sample.lexicon else ""
+            raise InputError(f"{row}{error}") from None
+
+    known, rows = list(map(know_of, samples)), []
     target = whole_file(PREDICTIONS_JSONL) if PREDICTIONS_JSONL else nullcontext(os.devnull)
     with target as temporary, open(temporary, "w", encoding="utf-8", newline="\n") as lines:
         readings = read_each([sample.path for sample in samples], model, known)

@@ -348,6 +348,15 @@ def test_a_reading_tells_where_characters_stand_and_what_else_they_could_be():
     assert (second.left, second.right) == (pytest.approx(3.5 / 8), pytest.approx(7.5 / 8))
 
 
+@pytest.mark.parametrize("label", ["a", "ab", "aa", "aab", "abab", "aaa", "abbba"])
+def test_the_frames_needed_are_those_of_the_ctc_loss(label):
+    target = torch.tensor([Charset("ab").encode(label)])
+    for frames in range(1, 12):
+        log_probs = torch.zeros(frames, 1, 3).log_softmax(2)
+        loss = F.ctc_loss(log_probs, target, torch.tensor([frames]), torch.tensor([len(label)]))
+        assert torch.isfinite(loss) == (crnn.frames_needed(label) <= frames)
+
+
 def test_calibration_makes_confidence_the_share_of_right_readings():
     rng = np.random.default_rng(0)
     true = rng.uniform(0.02, 0.98, 4000)
@@ -490,12 +499,15 @@ def test_lines_and_columns_that_read_as_nothing_are_doubted():
     assert not crnn.looks_written(load_image(Image.new("L", (60, 40), 255)))
 
 
-@pytest.mark.parametrize("text", ["12.50\n3.75", "12\n34", "one\ntwo\n3"])
+@pytest.mark.parametrize("text", ["12.50\n3.75", "12\n34", "A\nB", "one\ntwo\n3"])
 def test_of_several_lines_no_reading_looks_sure(shipped, text):
     image = Image.new("L", (120, 100), 255)
     ImageDraw.Draw(image).text((9, 9), text, font=ImageFont.truetype(FONT, 24), fill=0)
     (reading,) = read_images(shipped, [load_image(image)], 1)
     assert reading.confidence < 0.5
+    halves = np.full((32, 20), 255, np.uint8)
+    halves[[*range(2, 14), *range(17, 29)], 8:12] = 0  # a 1 in seven segments
+    assert crnn.count_lines(load_image(halves)) == 1
     sums = read_images(shipped, lines("=", "7=7", "i:j"), 3)
     assert all(reading.confidence > 0 for reading in sums)
 

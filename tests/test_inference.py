@@ -193,6 +193,9 @@ def test_a_form_has_fields_of_several_kinds(infer, checkpoint, tmp_path):
     assert set(rows.prediction[0]) <= set("0123456789")
     assert rows.prediction[1] == "" or rows.prediction[1] in ("Rg7", "Other")
     assert set(rows.prediction[2]) <= set("R7gOthe")
+    path = write_csv(tmp_path, ["R7", "R7"], name="form.csv", allowed=["", "é"])
+    with pytest.raises(crnn.InputError, match=r"1\.png: ALLOWED has 'é'"):
+        infer.main([str(path)])
 
 
 def test_a_quarter_turn_is_read(infer):
