@@ -675,8 +675,8 @@ def read_images(model, images, batch_size, known=None):
     for i, reading in enumerate(readings):
         if reading.unrestricted is not None:  # its confidence is a share among texts
             continue
-        one = reading.text and set(reading.text) <= set("=:;÷")  # these have two parts themselves
-        several = not one and count_lines(images[i]) > 1
+        in_parts = reading.text and set(reading.text) <= set("=:;÷")  # one above the other
+        several = not in_parts and count_lines(images[i]) > 1
         if several or not reading.text and looks_written(images[i]):
             readings[i] = reading._replace(confidence=0.0)
         else:
