@@ -120,13 +120,22 @@ def clouds(shape, patches):
 @cache
 def find_words(split):
     """The words of a split: of TRDG's dictionary, and those people use, the most frequent first."""
+    return [words[split] for words in sort_words()]
+
+
+@cache
+def sort_words():
+    """Split -> its words, of either list; once for all splits, as the dictionary has 466,000."""
     import trdg
 
     dictionary = Path(trdg.__file__).parent / "dicts" / "en.txt"
     # At most 12 letters of any alphabet, with ' and - inside
     is_word = re.compile(r"[^\W\d_](([^\W\d_]|['-]){0,10}[^\W\d_])?").fullmatch
-    lists = [path.read_text(encoding="utf-8").split() for path in (dictionary, WORDS_FILE)]
-    return [[w for w in words if split_of(w) == split and is_word(w)] for words in lists]
+    lists = [{split: [] for split in SPLITS} for _ in range(2)]
+    for words, path in zip(lists, (dictionary, WORDS_FILE)):
+        for word in filter(is_word, path.read_text(encoding="utf-8").split()):
+            words[split_of(word)].append(word)
+    return lists
 
 
 def pick_word(split):

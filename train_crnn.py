@@ -239,7 +239,8 @@ def augment(ink, strength):
 def rule(like, lowest=1.0, pitch=1e4):
     """A nearly level line from side to side for each of (N, 1, H, W), as ink of the same shape.
 
-    lowest: the part of the height, from the top, that it is in; pitch: rows to the next such line.
+    lowest: the part of the height, from the top, that it is in; pitch: rows to the next such line,
+    by default out of sight.
     """
     n, _, height, width = like.shape
     place, tilt, tone, thickness = torch.rand(4, n, 1, 1, 1, device=like.device)
