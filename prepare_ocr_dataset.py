@@ -23,7 +23,6 @@ from collections import Counter, defaultdict, namedtuple
 from concurrent.futures import ProcessPoolExecutor
 from functools import cache, lru_cache, partial
 from importlib.metadata import version
-from itertools import groupby
 from pathlib import Path
 from random import choice, gauss, randint, uniform
 from types import SimpleNamespace
@@ -37,7 +36,7 @@ from PIL import Image, ImageDraw, ImageFont
 from tqdm.contrib.concurrent import process_map
 
 import crnn
-from crnn import InputError, rank, split_of, whole_file, workers_per_process
+from crnn import InputError, split_of, whole_file
 
 # --------------------------------------------------------------------------------------------------
 # How many images of each source; 0 skips it. One in 20 is for validation, one for the test. These
@@ -87,7 +86,7 @@ COLUMNS = ["image_path", "label", "source", "split", "style"]  # of data.csv
 
 UPPER, LOWER, DIGITS = string.ascii_uppercase, string.ascii_lowercase, string.digits
 ALPHANUMERIC = DIGITS + UPPER + LOWER  # in the order of EMNIST's labels
-MATH_SIGNS = "×÷±√π≤≥≠"  # drawn in expressions only, and lent to printed fonts without them
+MATH_SIGNS = "×÷±√π≤≥≠"  # drawn in expressions only
 SPLITS = "train", "val", "test"
 CYCLE = 20  # of so many images one is for validation and one for the test
 
@@ -118,29 +117,23 @@ def clouds(shape, patches):
 
 
 @cache
-def find_words(split):
-    """The words of a split: of TRDG's dictionary, and those people use, the most frequent first."""
-    return [words[split] for words in sort_words()]
-
-
-@cache
-def sort_words():
-    """Split -> its words, of either list; once for all splits, as the dictionary has 466,000."""
+def find_words():
+    """Split -> its words: of TRDG's dictionary, and those people use, the most frequent first."""
     import trdg
 
     dictionary = Path(trdg.__file__).parent / "dicts" / "en.txt"
     # At most 12 letters of any alphabet, with ' and - inside
     is_word = re.compile(r"[^\W\d_](([^\W\d_]|['-]){0,10}[^\W\d_])?").fullmatch
-    lists = [{split: [] for split in SPLITS} for _ in range(2)]
-    for words, path in zip(lists, (dictionary, WORDS_FILE)):
+    words = {split: ([], []) for split in SPLITS}
+    for number, path in enumerate((dictionary, WORDS_FILE)):
         for word in filter(is_word, path.read_text(encoding="utf-8").split()):
-            words[split_of(word)].append(word)
-    return lists
+            words[split_of(word)][number].append(word)
+    return words
 
 
 def pick_word(split):
     """A word: every other one as people use them, the others of the whole dictionary."""
-    dictionary, used = find_words(split)
+    dictionary, used = find_words()[split]
     # The n-th most frequent as often as n ** (-2/3): by Zipf's law, 1/n, few others would be seen.
     return choice(dictionary) if chance(0.5) else used[int(len(used) * random.random() ** 3)]
 
@@ -148,17 +141,10 @@ def pick_word(split):
 def invent(split, endings=()):
     """Halves of two words, or one and an ending, as most names are to a new reader."""
     while True:
-        a, b = (word.lower() for word in random.choices(find_words(split)[0], k=2))
+        a, b = (word.lower() for word in random.choices(find_words()[split][0], k=2))
         word = a[: len(a) // 2 + 1] + (choice(endings) if endings else b[len(b) // 2 :])
         if len(word) < 14 and split_of(word) == split:
             return word
-
-
-def confusing_word(split):
-    """Of a dozen words that with most letters doubled or running into another: rn as m, cl as d."""
-    pairs = re.compile(r"(.)\1|rn|cl|vv|nn|ii|li|il|ri|m|w")
-    some = random.choices(find_words(split)[0], k=12)
-    return max(some, key=lambda word: len(pairs.findall(word.lower())))
 
 
 def cased(word, shares=(53, 27, 20)):
@@ -189,7 +175,6 @@ RANDOM = {  # kinds of text besides the grammar's, each of a split
     "WORD": lambda split: accented(pick_word(split).upper()),
     "invented": lambda split: cased(invent(split)),
     "brand": lambda split: cased(invent(split, read_grammar()["ending"]), (10, 70, 20)),
-    "doubled": lambda split: cased(confusing_word(split)),
     "written": lambda split: choice(people(split).labels),
     "group": lambda split: random_string(choice(GROUPS), 1, 5),
     "mixed": lambda split: random_string(ALPHANUMERIC, 2, 7),
@@ -198,8 +183,8 @@ RANDOM = {  # kinds of text besides the grammar's, each of a split
     "look_alikes": lambda split: random_string(choice([*read_grammar()["alike"], DIGITS]), 2, 6),
 }
 STANDING_ALONE = {"code", "string", "mixed", "single", "look_alikes"}  # no word tells O from 0
-# Nobody can count joined underscores, or tell two apostrophes from a quotation mark.
-RUN_TOGETHER = re.compile(r"__|['\"`]{2}")
+# Nobody can count joined underscores, tell one from a ruled line, or two apostrophes from a quote.
+AMBIGUOUS = re.compile(r"__|^_$|['\"`]{2}")
 
 
 @cache
@@ -244,7 +229,7 @@ def pick_text(texts, split):
 def acceptable(label):
     """Whether a label can be asked of a reader: known before anything is drawn."""
     fits = 0 < len(label) <= MAX_LENGTH and label == label.strip()
-    return fits and set(label) <= set(CHARSET) and not RUN_TOGETHER.search(label)
+    return fits and set(label) <= set(CHARSET) and not AMBIGUOUS.search(label)
 
 
 # ---- Fonts. A font is only asked for what it draws, and draws unlike everything else.
@@ -263,8 +248,6 @@ class Font(NamedTuple):
     characters: frozenset  # which it draws, and draws unlike all others
     doubtful: frozenset  # of these, those that only the rest of a word tells from a look-alike
     held_out: bool = False  # only for validation and test images
-    lender: str = ""  # path of a font that lends signs
-    borrowed: str = ""  # the signs it lends, as browsers do
     size: int = 0  # of a line, in pixels
 
 
@@ -289,7 +272,7 @@ def find_fonts():
         if families:
             notes.append(f"{kind} held out for validation and test: {', '.join(sorted(families))}")
     fonts = [font._replace(held_out=font.family in held_out[font.kind]) for font in fonts]
-    return tuple(borrow_signs(font, fonts) for font in fonts), tuple(notes)
+    return tuple(fonts), tuple(notes)
 
 
 def survey_font(path, kind, charset):
@@ -361,19 +344,6 @@ def held_out_families(fonts, kind):
     return chosen
 
 
-def borrow_signs(font, fonts):
-    """A printed font with the signs it lacks, lent by another on its side of the split."""
-    lacking = "".join(c for c in MATH_SIGNS if c not in font.characters)
-    side = [f for f in fonts if f.kind == PRINTED and f.held_out == font.held_out]
-    lenders = {os.path.basename(f.path): f.path for f in side if set(lacking) <= f.characters}
-    alphabet = len(font.characters) > 25  # a display of seven segments borrows nothing
-    if font.kind != PRINTED or not lacking or not lenders or not alphabet:
-        return font
-    name = sorted(lenders)[zlib.crc32(os.path.basename(font.path).encode()) % len(lenders)]
-    characters = font.characters | set(lacking)
-    return font._replace(characters=characters, lender=lenders[name], borrowed=lacking)
-
-
 def size_of_line(least, most):
     """Pixels from least to most; for one line in three doubled, as good scanners see it."""
     return choice([1, 1, 2]) * randint(least, most)
@@ -400,20 +370,16 @@ def pick_font(line):
 # ---- Pens for fonts. A pen takes a text, and a Font or a Hand, and gives a line's ink, float32
 # (H, W), 0 = paper, 1 = ink, or None where it cannot. H is the line box: a comma stays low.
 def typeset(text, font):
-    """A text in a font, each borrowed sign on the same baseline: ink (H, W)."""
-    size, lender = font.size, font.lender or font.path
-    own, other = typeface(font.path, size), typeface(lender, size)
-    ascent, descent = own.getmetrics()
+    """A text in a font, with all that reaches beyond its line: ink (H, W)."""
+    size, face = font.size, typeface(font.path, font.size)
+    ascent, descent = face.getmetrics()
     gap, space = choice([0, 0, 0, 1, 2, size // 12]), uniform(1, choice(SPACES))
     width = 2 * len(text) + max(SPACES) * text.count(" ") + 4  # in sizes: no character is wider
     canvas = Image.new("L", (width * size, 5 * size))
     draw, x, baseline = ImageDraw.Draw(canvas), 2.0 * size, 3 * size
-    # Runs of characters, with the font's kerning, or one by one with a gap.
-    runs = groupby(text, lambda c: (c == " ", c in font.borrowed))
-    for piece in text if gap else ["".join(run) for _, run in runs]:
-        face = other if piece[0] in font.borrowed else own
+    for piece in text if gap else re.split("( )", text):  # words have the font's kerning
         draw.text((x, baseline), piece, font=face, fill=255, anchor="ls")
-        x += face.getlength(piece) * (space if piece[0] == " " else 1) + gap
+        x += face.getlength(piece) * (space if piece == " " else 1) + gap
     return line_box(np.asarray(canvas), baseline - ascent, baseline + descent, size // 3)
 
 
@@ -450,8 +416,6 @@ def text_generator():
 
 def typeset_by_trdg(text, font):
     """A text as TRDG sets it: ink (H, W), its word and character spacing at random."""
-    if set(text) & set(font.borrowed):
-        return typeset(text, font)  # TRDG takes one font for a line
     gap, space = choice([0, 0, 1, 2, font.size // 12]), uniform(1, choice(SPACES))
     layout = dict(orientation=0, space_width=space, character_spacing=gap, fit=False)
     layout["word_split"] = chance(0.9)
@@ -476,9 +440,8 @@ def downloading(what, remedy):
         print(f"could not get {what} ({error}), so its sources are skipped. {remedy}")
 
 
-@cache
 def emnist_is_there():
-    """Whether the EMNIST files are there, if need be after a download by the first process."""
+    """Whether the EMNIST files are there, if need be after a download."""
     from torchvision import datasets
 
     folder = f"{DATASETS_DIR}/emnist"
@@ -486,7 +449,7 @@ def emnist_is_there():
     remedy = f"To use it, unpack {files} from {datasets.EMNIST.url} into {folder}/EMNIST/raw/"
     with downloading("EMNIST", remedy):
         for train in (True, False):
-            datasets.EMNIST(folder, split="byclass", train=train, download=rank() == 0)
+            datasets.EMNIST(folder, split="byclass", train=train, download=True)
         return True
     return False
 
@@ -507,14 +470,9 @@ def emnist(split):
 
 @cache
 def emnist_class(split, character):
-    """Images of a character (n, 28, 28), and the width of their strokes in heights of it (n,)."""
+    """Images of a character (n, 28, 28)."""
     images, labels = emnist(split)
-    images = images[labels == character]
-    ink = (images > 100).astype(np.float32)  # (n, 28, 28)
-    edges = sum(np.abs(np.diff(ink, axis=axis)).sum((1, 2)) for axis in (1, 2))  # (n,)
-    # Area over half of the perimeter is the width, but that slanting edges are counted as longer.
-    strokes = 2.5 * ink.sum((1, 2)) / edges.clip(1)  # (n,)
-    return images, strokes / ink.max(2).sum(1).clip(1)
+    return images[labels == character]
 
 
 # ---- Pen strokes of UNIPEN's writers: downloaded and parsed once, then kept in one compact file
@@ -533,12 +491,11 @@ Samples = namedtuple("Samples", "steps points strokes writers labels")
 Written = namedtuple("Written", "strokes label writer")
 
 
-@cache
 def unipen_is_there():
-    """Whether UNIPEN's strokes are there, if need be after the first process has fetched them."""
+    """Whether UNIPEN's strokes are there, if need be after they were fetched and parsed."""
     folder, page = Path(DATASETS_DIR) / "unipen", UNIPEN_RECORD.replace("/api", "")
     strokes = folder / "strokes.npz"
-    if rank() == 0 and not strokes.exists():
+    if not strokes.exists():
         with downloading("UNIPEN", f"To use it, unpack {page} into {folder.as_posix()}/"):
             root = find_unipen(folder) or download_unipen(folder)
             parse_unipen(root, strokes)
@@ -568,8 +525,7 @@ def parse_unipen(root, target):
     """Parse the original files below root into one compact file, and say what was skipped."""
     contributors = sorted({path.name for path in root.glob("data/*/*")} - MISCOUNTED)
     look = dict(desc="reading UNIPEN", chunksize=1, disable=None)  # None: no bar in a log file
-    look["max_workers"] = workers_per_process(NUM_WORKERS)
-    parts = process_map(partial(parse, root), contributors, **look)
+    parts = process_map(partial(parse, root), contributors, max_workers=NUM_WORKERS, **look)
     samples = [sample for part, _ in parts for sample in part]
     if not samples:
         raise InputError(f"no pen strokes can be read in {root}")
@@ -677,10 +633,6 @@ def choose(samples, skipped):
     """Yield the samples of a writer that are worth keeping, at one size and simplified."""
     height = np.median([np.ptp(np.concatenate(s.strokes)[:, 1]) for s in samples])
     scale, seen = STROKES_HEIGHT / max(1, height), Counter()
-    steps = [np.abs(np.diff(stroke, axis=0)).ravel() for s in samples for stroke in s.strokes]
-    steps = np.concatenate(steps) * scale
-    # How coarse the tablet was: hardly a step between points is smaller.
-    grid = np.percentile(steps[steps > 0], 15) if steps.any() else 0
     for sample in random.Random(0).sample(samples, len(samples)):
         strokes, label = [np.float32(scale) * stroke for stroke in sample.strokes], sample.label
         seen[label] += 1
@@ -689,7 +641,7 @@ def choose(samples, skipped):
         elif not believable(strokes, label):
             skipped["unlike their label"] += 1
         else:
-            yield sample._replace(strokes=simplify([smooth(stroke, grid) for stroke in strokes]))
+            yield sample._replace(strokes=simplify(strokes))
 
 
 def believable(strokes, label):
@@ -716,18 +668,6 @@ def simplify(strokes):
     low = np.concatenate(strokes).min(0)
     lines = [cv2.approxPolyDP((s - low)[:, None], TOLERANCE, False)[:, 0] for s in strokes]
     return [np.round(line).astype(np.int32) for line in lines]
-
-
-def smooth(stroke, grid):
-    """A stroke (points, 2) without the stairs of a coarse tablet; its ends stay where they are."""
-    along = np.append(0, np.hypot(*np.diff(stroke, axis=0).T).cumsum())
-    if grid < 3 or along[-1] < 6 * grid:  # too fine to be seen, or a dot
-        return stroke
-    even = np.linspace(0, along[-1], round(2 * along[-1] / grid))  # half a step apart
-    points = np.stack([np.interp(even, along, axis) for axis in stroke.T], 1)  # (other points, 2)
-    for _ in range(8):  # as a Gaussian blur of one step
-        points[1:-1] = (points[:-2] + 2 * points[1:-1] + points[2:]) / 4
-    return np.float32(points)
 
 
 @cache
@@ -824,18 +764,15 @@ def fit(strokes, left, top, width, height):
 
 
 @cache
-def places():
-    """Character -> how it stands on its line, in heights of a capital; A stands for all others.
+def place_of(c):
+    """How a character stands on its line, in heights of a capital: a row of PLACES_FILE.
 
     anchor: which part of it is placed, 0 its bottom, 1 its top; height: how high above the
     baseline; least, most: how tall it is, or of a sign its larger side.
     """
-    rows = pd.read_csv(PLACES_FILE, index_col=0, keep_default_na=False)
-    return {c: row for row in rows.itertuples() for c in row.Index}
-
-
-def place_of(c):
-    return places().get(c, places()["A"])
+    rows = pd.read_csv(PLACES_FILE, index_col=0, keep_default_na=False).itertuples()
+    places = {c: row for row in rows for c in row.Index}
+    return places.get(c, places["A"])
 
 
 class Hand(NamedTuple):
@@ -857,7 +794,7 @@ class Hand(NamedTuple):
 def pick_emnist_hand(line):
     """A Hand of EMNIST's characters."""
     shape = uniform(0.08, 0.16), gauss(0, 0.2), uniform(0.02, 0.1), uniform(-0.1, 0.3)
-    return Hand(line.split, size_of_line(20, 34), *shape)
+    return Hand(line.split, size_of_line(20, 34), *shape)  # pen and slant for UNIPEN's signs
 
 
 def pick_writer(line):
@@ -936,14 +873,11 @@ def join(canvas, start, end, hand):
 
 
 def take_from_emnist(c, hand):
-    """As write_character(), without ends: the one of some images whose pen is most like it."""
-    images, strokes = emnist_class(hand.split, c)
+    """As write_character(), without ends."""
+    images, place = emnist_class(hand.split, c), place_of(c)
     if not len(images):
         return None
-    place, some = place_of(c), random.choices(range(len(images)), k=8)
-    size = (place.least + place.most) / 2
-    unlike = np.abs(np.log(strokes[some] * size / hand.stroke))  # (8,)
-    glyph = images[some[int(unlike.argmin())]]  # (28, 28)
+    size, glyph = (place.least + place.most) / 2, choice(images)  # (28, 28)
     top, bottom, left, right = ink_box(glyph, 0.25)
     glyph = glyph[top : bottom + 1, left : right + 1]
     scale = hand.capital * size * gauss(1, hand.looseness) / len(glyph)
@@ -1045,20 +979,13 @@ def warp(ink):
     """A line (H, W) in other proportions and curves: fifty fonts would be learned by heart."""
     tall, more = len(ink), len(ink) // 8  # rows to move into
     ink = np.pad(ink, ((more, more), (4, 4)))
-    h, w = ink.shape
-    reach, patches = uniform(0, 0.14) * tall, uniform(1.5, 3)
-    y = uneven(h, 5)[:, None] + reach * (clouds((h, w), patches) - 0.5)  # (H, W)
-    x = uneven(w, max(2, round(2 * w / tall)))[None] + reach * (clouds((h, w), patches) - 0.5)
-    ink = cv2.remap(ink, x.astype(np.float32), y.astype(np.float32), cv2.INTER_LINEAR)
+    reach, patches = uniform(0, 0.2) * tall, uniform(1.5, 3)
+    # What of the line comes to a place: (H, W) each
+    places = np.indices(ink.shape, np.float32)
+    y, x = (place + reach * (clouds(ink.shape, patches) - 0.5) for place in places)
+    ink = cv2.remap(ink, x, y, cv2.INTER_LINEAR)
     top, bottom, _, _ = ink_box(ink)
-    return ink[min(top, more) : max(bottom + 1, h - more)]  # no smaller than it was
-
-
-def uneven(length, pieces):
-    """Places from 0 to length - 1, (length,), closer together in some of so many pieces."""
-    steps = np.append(0, np.exp(noise(pieces, 0.25)).cumsum())
-    places = np.interp(np.linspace(0, pieces, length), np.arange(pieces + 1), steps)
-    return places * ((length - 1) / steps[-1])
+    return ink[min(top, more) : max(bottom + 1, len(ink) - more)]  # no smaller than it was
 
 
 def tilt(ink):
@@ -1251,14 +1178,6 @@ def specks(ink):
     return np.maximum(ink, cv2.dilate(dots, np.ones((randint(1, 3), randint(1, 3)), np.uint8)))
 
 
-def busy(ink):
-    """On a picture: stains, and edges of other things."""
-    ground = clouds(ink.shape, uniform(0.7, 4))
-    if chance(0.4):
-        ground = blur(np.float32(ground > uniform(0.5, 0.9)))
-    return ink + (1 - np.abs(ink)) * uniform(0, 0.25) * ground
-
-
 # ---- Effects on how the ink lies
 
 
@@ -1377,16 +1296,14 @@ SIGN = dict(dark=(0, 120), light=(150, 255), grain=(0, 0, 3), inverse=0.6, jpeg=
 
 # Effects that several styles share: how often each is at work (1: always), and its settings
 PRESS = (0.4, bold, 0, 0.06)
-HEATED = [(0.25, lost_points), (0.3, starved), (0.4, pressed)]
-HEATED += [(1, partial(faded, dead=0.15), 2, 0.4), (1, coarse, 15, 24)]
+WORN = [(0.25, lost_points), (0.25, starved)]
+HEATED = [*WORN, (0.4, pressed), (1, partial(faded, dead=0.15), 2, 0.4), (1, coarse, 15, 24)]
 COPY = [(1, neighbours), (0.1, form_lines, [1, 2]), (1, partial(coarse, two_tones=0.6), 20, 48)]
 COPY += [(0.15, specks), (0.5, blur), (1, framed)]
-SCAN = [(0.2, lost_points), PRESS, (0.3, pressed), (0.2, starved), (1, faded, 2, 0.4)]
-SCAN += [(1, room, 0, 0.15), *COPY]
+SCAN = [*WORN, PRESS, (0.3, pressed), (1, faded, 2, 0.4), (1, room, 0, 0.15), *COPY]
 BESIDE = partial(neighbours, aside=True)
 BOARD = [PRESS, (1, room, 0.12), (1, BESIDE, 0.06, 0.15), (1, lettered), (1, snapped)]
-BOARD += [(1, framed), (1, busy)]
-
+BOARD += [(1, framed)]
 SEGMENTS = [(0.5, bold, -0.06, 0), (0.6, leaning), (1, room, 0, 0.3)]  # with wider gaps
 FAR = (0.2, coarse, 10, 18)
 CUT_OUT = [(1, room, 0.05, 0.2), (1, BESIDE, 0.12, 0.4)]  # of a word
@@ -1566,7 +1483,7 @@ def draw_chunk(constants, chunk):
 
 
 def draw_all(counts):
-    """Draw what is missing, every process its share. Returns all chunks, and how many images."""
+    """Draw what is missing. Returns all chunks, and how many images were missing."""
     chunks, mark, folder = [], find_mark(), Path(DATASETS_DIR)
     for source, count in counts.items():
         for start in range(0, count, CHUNK):
@@ -1575,20 +1492,18 @@ def draw_all(counts):
     missing = [chunk for chunk in chunks if rows_of(chunk) is None]
     for place in (folder, *(folder / source for source in counts)):
         crnn.remove_leftovers(place)
-    crnn.wait_for_all()  # all have looked before anyone draws
     if missing:  # the labels of the former images
         (folder / "data.csv").unlink(missing_ok=True)
-    mine, workers = missing[rank() :: crnn.world_size()], workers_per_process(NUM_WORKERS)
     cv2.setNumThreads(1)  # before the fork: a worker would wait for ever for threads left behind
     # A spawned worker has imported the constants as written in this file: it is given the present.
     constants = {name: globals()[name] for name in [*SHAPING, "FONTS_DIR", "DATASETS_DIR"]}
-    pool = ProcessPoolExecutor(workers)
-    bar = crnn.progress(desc="drawing", total=sum(chunk.number for chunk in mine))
-    with pool, bar:
-        for number in (pool.map if workers > 1 else map)(partial(draw_chunk, constants), mine):
+    new = sum(chunk.number for chunk in missing)
+    with ProcessPoolExecutor(NUM_WORKERS) as pool, crnn.progress(desc="drawing", total=new) as bar:
+        for number in (pool.map if NUM_WORKERS > 1 else map)(
+            partial(draw_chunk, constants), missing
+        ):
             bar.update(number)
-    crnn.wait_for_all()  # all have drawn
-    return chunks, sum(chunk.number for chunk in missing)
+    return chunks, new
 
 
 # ---- What can be drawn, and what is written
@@ -1596,12 +1511,8 @@ def draw_all(counts):
 def is_there(kind):
     """Whether there is what images of a kind are drawn with, if need be after a download."""
     find = {EMNIST: emnist_is_there, STROKES: unipen_is_there}.get(kind)
-    if find is None:  # validation and test need a family of their own
-        return any(font.kind == kind and font.held_out for font in find_fonts()[0])
-    if rank() == 0:
-        find()  # or downloads
-    crnn.wait_for_all()
-    return find()
+    # Validation and test need a font family of their own.
+    return find() if find else any(f.kind == kind and f.held_out for f in find_fonts()[0])
 
 
 def count_images():
@@ -1671,12 +1582,8 @@ def main():
     for path in (TEXTS_FILE, WORDS_FILE, LEFT_OUT_FILE, PLACES_FILE):
         if not path.exists():
             raise InputError(f"{path} is missing: it is part of the repository, fetch it again")
-    crnn.join_processes()
     text_generator(), read_grammar()  # fail here, and not in every worker
     chunks, new = draw_all(count_images())
-    crnn.leave_processes()
-    if rank() > 0:
-        return  # the first process sees to the rest
     drawn = pd.concat(map(rows_of, chunks), ignore_index=True)
     draw_preview(drawn)
     rows = pd.concat([drawn, custom_rows()], ignore_index=True)
