@@ -8,6 +8,7 @@ Saves the epoch with the best validation accuracy to MODEL_PATH, with everything
 and history.csv and training_curves.png beside it. Stop with Ctrl-C at any time; RESUME continues.
 """
 
+import copy
 import math
 import os
 import time
@@ -56,6 +57,7 @@ BATCH_SIZE = 32  # images of one padded width in a step, over all processes toge
 WARM_UP = 0.1  # share of training in which the learning rates rise to their peak
 WEIGHT_DECAY = 1e-2  # of AdamW
 AVERAGE = 0.1  # share of the steps so far, the last ones, that the saved weights are a mean of
+KEEP_START = 0.0  # share of INIT_WEIGHTS in the saved weights; 0.5 forgets little of what they knew
 DROPOUT = 0.0  # share of the features and of the LSTM's output that is zeroed
 AUGMENT = 1.0  # strength of the random changes to the training images; 0: none
 BLANKS = 0.01  # share of training images that are replaced by empty paper, labelled ""
@@ -409,6 +411,15 @@ def average_in(means, weights, steps):
             mean.copy_(weight)
 
 
+def mix_in(start, average):
+    """A copy of the average, a share KEEP_START of it the start: WiSE-FT (arXiv:2109.01903)."""
+    model = copy.deepcopy(average)
+    for mean, first in zip(model.state_dict().values(), start.state_dict().values()):
+        if mean.is_floating_point():
+            mean.lerp_(first, KEEP_START)
+    return model
+
+
 def train_step(net, parts, images, targets, lengths):
     """One step on images (N, 1, H, W) and their targets, see make_bucket. Returns the loss."""
     device = next(net.parameters()).device
@@ -475,13 +486,16 @@ def calibrate(confidences, correct):
     x = torch.stack([confidences.logit(), torch.ones_like(confidences)], 1)  # (N, 2)
     right, wrong = correct.sum(), (1 - correct).sum()
     target = torch.where(correct > 0, (right + 1) / (right + 2), 1 / (wrong + 2))  # (N,)
-    prior = torch.tensor(crnn.UNCALIBRATED, dtype=torch.float64)
-    weights, little = prior, 1e-3
-    for _ in range(30):  # Newton's method
-        p = (x @ weights).sigmoid()
-        curvature = (x * (p * (1 - p))[:, None]).T @ x + little * torch.eye(2, dtype=torch.float64)
-        step = torch.linalg.solve(curvature, x.T @ (target - p) - little * (weights - prior))
-        weights = weights + step.clamp(-1, 1)
+    weights = torch.tensor(crnn.UNCALIBRATED, dtype=torch.float64, requires_grad=True)  # (2,)
+    optimizer = torch.optim.LBFGS([weights], max_iter=100, line_search_fn="strong_wolfe")
+
+    def loss():
+        optimizer.zero_grad()
+        value = F.binary_cross_entropy_with_logits(x @ weights, target)
+        value.backward()
+        return value
+
+    optimizer.step(loss)
     return tuple(weights.tolist())
 
 
@@ -554,7 +568,7 @@ def write_history(history, curves):
 
 def end_epoch(state, net, parts, losses, started, val, rows, epochs):
     """Read the val rows, print how the epoch went, and save what is worth keeping."""
-    model = parts["average"].module
+    model = mix_in(parts["start"], parts["average"].module)
     epoch, count = state["epoch"] + 1, int((rows.split == "train").sum())
     speed = count / (time.perf_counter() - started)
     seen = read(model, val)
@@ -609,7 +623,7 @@ def finish(state, device, val, test):
     print(f"✅ Model saved to {MODEL_PATH}")
     if test.empty:
         return
-    print(f"\nTest rows, never trained on, read by epoch {best.facts['epoch']} (folded: O = 0)")
+    print(f"\nTest rows, never trained on, read by epoch {best.facts['epoch']}")
     seen = read(best, test)
     for column in seen.columns.intersection(["source", "style"]):
         print(f"{crnn.format_score_table(crnn.score_table(seen, column))}\n")
@@ -630,6 +644,7 @@ def main():
     net = WithShortcut(make_model(charset)).to(device)
     parts = make_optimizers(net, epochs * number)
     parts["average"] = AveragedModel(net.crnn, multi_avg_fn=average_in, use_buffers=True)
+    parts["start"] = copy.deepcopy(net.crnn)
     weights = f"{sum(p.numel() for p in net.crnn.parameters()):,} weights"
     dtype = crnn.compute_dtype(device.type, PRECISION)
     print(f"{weights}, {epochs} epochs of {number:,} batches on {device} in {dtype}")

@@ -379,6 +379,10 @@ def test_fine_tuning_keeps_the_size_and_the_averages(tiny, trained, capsys):
     assert "cnn.0.1.weight" in changed
     assert "cnn.0.1.running_mean" not in changed
     assert not [name for name in resume_state(folder_of(tiny))["net"] if "shortcut" in name]
+    tiny.set(KEEP_START=1.0)
+    tiny.main()
+    same = differing(*(load_checkpoint(path, learn=True).state_dict() for path in paths))
+    assert [name for name in same if "num_batches" not in name] == []
 
 
 def test_fine_tuning_can_grow_the_network(tiny, trained):
