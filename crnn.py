@@ -552,6 +552,13 @@ def text_log_probability(log_probs, targets):
     return -F.ctc_loss(log_probs, flat, frames, lengths, blank=BLANK, reduction="none")  # (N,)
 
 
+def mean_log_probability(looks, targets):
+    """The log of the probability of each text, on average over some Looks: (texts,)."""
+    each = [look.log_probs[:, None].expand(-1, len(targets), -1) for look in looks]  # (T, texts, C)
+    each = torch.stack([text_log_probability(log_probs, targets) for log_probs in each])
+    return each.logsumexp(0) - math.log(len(looks))  # (texts,)
+
+
 def calibrated(confidence, calibration):
     """The share of readings with such a confidence that are right (Platt 1999)."""
     slope, offset = calibration
@@ -617,72 +624,106 @@ def take_for(logits, taken_for):
     return sums.index_add_(1, taken_for, probabilities)[:, :-1].log()  # (T, C)
 
 
-def find_in_lexicon(logits, charset, reading, known, width):
-    """The Reading of the likeliest of known texts, by logits (T, C) (Shi et al. 2015, part 2.3)."""
-    log_probs = logits.float().log_softmax(1).cpu()  # (T, C)
+def find_in_lexicon(looks, charset, reading, known):
+    """The Reading of the likeliest of known texts in some Looks (Shi et al. 2015, part 2.3).
+
+    reading: what is read in them without the lexicon.
+    """
     nearest = dict(scorer=Levenshtein.distance, limit=SHORTLIST)
     nearest = process.extract(reading.text.lower(), known.lowered, **nearest)
     texts = [known.lexicon[i] for *_, i in nearest]
-    texts = [text for text in texts if frames_needed(text) <= len(log_probs)]
-    if not texts:
-        return reading._replace(text="", confidence=0.0, characters=[], unrestricted=reading.text)
     targets = [charset.encode(text) for text in (*texts, reading.text)]
-    batch = log_probs[:, None].expand(-1, len(targets), -1)  # (T, texts + 1, C)
-    scores = text_log_probability(batch, targets)  # (texts + 1,)
+    scores = mean_log_probability(looks, targets)  # (texts + 1,)
     best = int(scores[:-1].argmax())
+    if scores[best] == -math.inf:  # all are too long
+        return reading._replace(text="", confidence=0.0, characters=[], unrestricted=reading.text)
     # What was read is one more text, unless the lexicon has it: an image may show something else.
     scores[-1] -= math.inf if reading.text in texts else DOUBT * max(1, len(reading.text))
     confidence = float(scores.softmax(0)[best])
+    log_probs, width = looks[0].log_probs, looks[0].width
     peaks = align(log_probs, targets[best])
     chosen = make_reading(charset, log_probs, targets[best], peaks, width, confidence)
     return chosen._replace(unrestricted=reading.text)
 
 
 def align(log_probs, target):
-    """Where the characters of a target are surest on its likeliest path through (T, C): Viterbi."""
-    states = [BLANK, *(each for c in target for each in (c, BLANK))]  # S
-    skips = [i > 1 and states[i] != states[i - 2] for i in range(len(states))]
-    skips = np.where(skips, 0, -np.inf)  # past the blank between unlike characters
-    rows = log_probs[:, states].numpy()  # (T, S)
-    score, steps = np.where(np.arange(len(states)) < 2, rows[0], -np.inf), []
-    for row in rows[1:]:
-        ways = np.pad(score, (2, 0), constant_values=-np.inf)
-        ways = np.stack([ways[2:], ways[1:-1], ways[:-2] + skips])  # by so many states, (3, S)
-        steps.append(ways.argmax(0))
-        score = ways.max(0) + row
-    path = [len(states) - 2 + int(score[-2:].argmax())]
-    for step in reversed(steps):
-        path.append(path[-1] - int(step[path[-1]]))
-    path = np.array(path[::-1])  # (T,)
-    frames = [np.flatnonzero(path == 2 * i + 1) for i in range(len(target))]
-    return [int(at[rows[at, 2 * i + 1].argmax()]) for i, at in enumerate(frames)]
+    """The frame of each character of a target that most of its alignments with (T, C) have it in.
+
+    By the gradient of the CTC loss, the probability of a class less the share of alignments that
+    are in it at a frame (Graves et al. 2006, equation 15, as torch has it).
+    """
+    with torch.inference_mode(False), torch.enable_grad():
+        # Every character as a class of its own, or two of a kind could not be told apart
+        own = log_probs[:, [BLANK, *target]].requires_grad_()  # (T, 1 + characters)
+        text_log_probability(own[:, None], [[*range(1, len(target) + 1)]]).sum().neg().backward()
+    shares = own.detach().exp() - own.grad  # (T, 1 + characters)
+    return shares[:, 1:].argmax(0).cummax(0).values.tolist()
 
 
 # ---- Reading
+class Look(NamedTuple):
+    """What the network sees in an image, looked at in one way."""
+
+    reading: Reading
+    log_probs: torch.Tensor  # (T, C)
+    width: float  # of the image in frames, without its padding
+
+
 def read_images(model, images, batch_size, known=None):
     """Read uint8 tensors (HEIGHT, W_i) as load_image returns them. Returns a list of Readings.
 
     known: what each can show, a list of Known; None: anything.
     """
     known = known or [Known()] * len(images)
-    readings = read_once(model, images, batch_size, known)
-    for look in SECOND_LOOKS:  # the surest reading counts
-        unsure = [i for i, reading in enumerate(readings) if reading.confidence < SECOND_LOOK]
-        again = {i: seen for i in unsure if (seen := look(images[i])) is not None}
-        seen = read_once(model, list(again.values()), batch_size, [known[i] for i in again])
-        for i, reading in zip(again, seen):
-            readings[i] = max(readings[i], reading, key=lambda reading: reading.confidence)
-    for i, reading in enumerate(readings):
-        if reading.unrestricted is not None:  # its confidence is a share among texts
-            continue
-        in_parts = reading.text and set(reading.text) <= set("=:;÷")  # one above the other
-        several = not in_parts and count_lines(images[i]) > 1
-        if several or not reading.text and looks_written(images[i]):
-            readings[i] = reading._replace(confidence=0.0)
-        else:
-            confidence = calibrated(reading.confidence, model.calibration)
-            readings[i] = reading._replace(confidence=confidence)
-    return readings
+    looks = [[look] for look in look_at(model, images, batch_size, known)]  # of each image
+    unsure = [i for i, (look,) in enumerate(looks) if look.reading.confidence < SECOND_LOOK]
+    for change in SECOND_LOOKS:
+        again = {i: image for i in unsure if (image := change(images[i])) is not None}
+        others = look_at(model, list(again.values()), batch_size, [known[i] for i in again])
+        for i, look in zip(again, others):
+            looks[i].append(look)
+    return [choose_reading(model, *each) for each in zip(images, looks, known)]
+
+
+@torch.inference_mode()
+def look_at(model, images, batch_size, known):
+    """The Looks of images as they are, in their order."""
+    looks, groups = [None] * len(images), defaultdict(list)  # of one padded width each
+    for i, image in enumerate(images):
+        groups[padded_width(image.shape[1])].append(i)
+    batches = [g[i : i + batch_size] for g in groups.values() for i in range(0, len(g), batch_size)]
+    device = next(model.parameters()).device
+    dtype = compute_dtype(device.type)
+    for batch in batches:
+        ink = to_ink(torch.stack([pad(images[i]) for i in batch]))[:, None]  # (N, 1, H, W)
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            logits = model(ink.to(device)).float().cpu()  # (T, N, C)
+        for n, i in enumerate(batch):
+            if known[i].taken_for is not None:
+                logits[:, n] = take_for(logits[:, n], known[i].taken_for)
+        widths = [images[i].shape[1] / PIXELS_PER_FRAME for i in batch]
+        log_probs = logits.log_softmax(2)  # (T, N, C)
+        readings = greedy_decode(log_probs, model.charset, widths)
+        for i, *look in zip(batch, readings, log_probs.unbind(1), widths):
+            looks[i] = Look(*look)
+    return looks
+
+
+def choose_reading(model, image, looks, known):
+    """The calibrated Reading of an image: of what its Looks read, the likeliest on average."""
+    reading = looks[0].reading
+    if len(looks) > 1:
+        targets = [model.charset.encode(look.reading.text) for look in looks]
+        scores = mean_log_probability(looks, targets)  # (looks,)
+        best = int(scores.argmax())
+        reading = looks[best].reading._replace(confidence=min(1.0, float(scores[best].exp())))
+    if known.lexicon:  # its confidence is a share among texts
+        return find_in_lexicon(looks, model.charset, reading, known)
+    in_parts = reading.text and set(reading.text) <= set("=:;÷")  # one above the other
+    several = not in_parts and count_lines(image) > 1
+    if several or not reading.text and looks_written(image):
+        return reading._replace(confidence=0.0)
+    return reading._replace(confidence=calibrated(reading.confidence, model.calibration))
 
 
 def count_lines(image):
@@ -739,31 +780,6 @@ def straighten(image):
 SECOND_LOOKS = invert, shrink, straighten  # how an unsure image is read again
 
 
-@torch.inference_mode()
-def read_once(model, images, batch_size, known):
-    """Read images as they are. Returns Readings in their order, not calibrated."""
-    readings, groups = [None] * len(images), defaultdict(list)  # of one padded width each
-    for i, image in enumerate(images):
-        groups[padded_width(image.shape[1])].append(i)
-    batches = [g[i : i + batch_size] for g in groups.values() for i in range(0, len(g), batch_size)]
-    device = next(model.parameters()).device
-    dtype = compute_dtype(device.type)
-    for batch in batches:
-        ink = to_ink(torch.stack([pad(images[i]) for i in batch]))[:, None]  # (N, 1, H, W)
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            logits = model(ink.to(device)).float().cpu()  # (T, N, C)
-        for n, i in enumerate(batch):
-            if known[i].taken_for is not None:
-                logits[:, n] = take_for(logits[:, n], known[i].taken_for)
-        widths = [images[i].shape[1] / PIXELS_PER_FRAME for i in batch]
-        decoded = greedy_decode(logits, model.charset, widths)
-        for n, (i, reading) in enumerate(zip(batch, decoded)):
-            if known[i].lexicon:
-                reading = find_in_lexicon(logits[:, n], model.charset, reading, known[i], widths[n])
-            readings[i] = reading
-    return readings
-
-
 # ---- Processes: one alone, or several of torchrun. The first, of rank 0, prints and writes.
 def world_size():
     """How many processes there are, as torchrun tells them."""
@@ -773,11 +789,6 @@ def world_size():
 def rank():
     """Which of them this is, from 0."""
     return int(os.environ.get("RANK", 0)) if world_size() > 1 else 0
-
-
-def workers_per_process(number):
-    """How many of a machine's worker processes each process on it may have."""
-    return max(1, number // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
 def join_processes(backend="gloo"):
@@ -965,32 +976,16 @@ def add_split(rows):
 
 
 # ---- Scoring and looking
-FOLDED = str.maketrans("OoIl|CKMPSUVWXYZJ", "00111ckmpsuvwxyzj")
-
-
-def fold_lookalikes(text):
-    """One character for those that look alike by hand: {0 O o}, {1 I l |}, and c/C, k/K ...
-
-    >>> fold_lookalikes("COil")
-    'c0i1'
-    """
-    return text.translate(FOLDED)
-
-
 def score_table(rows, by="source"):
     """Score the predictions of a DataFrame with columns label and prediction by another column.
 
     Returns a DataFrame, one row a group, the last all. Columns: images; exact, the share read
     without any error; ±, half of its 95 % interval; CER, edits over reference characters, summed
-    over the group; single, how many labels are one character; folded, the share of those that match
-    with look-alikes folded.
+    over the group.
     """
     scored = rows[[by]].assign(images=1, exact=rows.label == rows.prediction)
     scored["edits"] = list(map(Levenshtein.distance, rows.label, rows.prediction))
     scored["characters"] = rows.label.str.len()
-    scored["single"] = scored.characters == 1
-    alike = rows.label.map(fold_lookalikes) == rows.prediction.map(fold_lookalikes)
-    scored["folded"] = scored.single & alike
     sums = scored.groupby(by).sum()
     if len(sums) > 1:
         sums.loc["all"] = sums.sum()
@@ -1000,14 +995,13 @@ def score_table(rows, by="source"):
     n, z = sums.images, 1.96
     sums["±"] = z * (sums.exact * (1 - sums.exact) / n + (z / n / 2) ** 2) ** 0.5 / (1 + z * z / n)
     sums["CER"] = sums.edits / sums.characters.clip(lower=1)
-    sums["folded"] /= sums.single.where(sums.single > 0)
-    return sums[["images", "exact", "±", "CER", "single", "folded"]]
+    return sums[["images", "exact", "±", "CER"]]
 
 
 def format_score_table(table):
     """The table of score_table as text, shares in percent."""
-    percent = dict.fromkeys(["exact", "CER", "folded"], "{:.2%}".format) | {"±": "{:.1%}".format}
-    return table.to_string(formatters=percent, na_rep="-", index_names=False)
+    percent = {"exact": "{:.2%}".format, "±": "{:.1%}".format, "CER": "{:.2%}".format}
+    return table.to_string(formatters=percent, index_names=False)
 
 
 def calibration_error(confidences, correct, bins=15):

@@ -18,7 +18,6 @@ import math
 import os
 import sys
 import warnings
-from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext, suppress
 from functools import cache, partial
@@ -51,7 +50,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # where to read
 # --------------------------------------------------------------------------------------------------
 
 CHUNK = 1024  # images in memory at a time: 16 MB at 500 pixels of width
-CHECKED_AT_ONCE = 5_000  # images on one page to correct: about 10 MB
+CHECKED_AT_ONCE = 5_000  # images on the page to correct, the least sure: about 10 MB
 # Of PREDICTIONS_CSV; unrestricted is what was read without the lexicon, where there is one
 COLUMNS = ["image_path", "label", "source", "prediction", "confidence", "unrestricted"]
 TEMPLATES = Path(__file__).parent / "ocr_crnn_model"  # the pages, each with a CONTENT to replace
@@ -196,11 +195,9 @@ def list_samples(arguments):
             inside = [p for p in files if p.suffix.lower() in suffixes]
             if not inside:
                 print(f"{path} holds no images: name a folder with some, or a csv", file=sys.stderr)
-            others = [p for p in files if p.suffix.lower() not in suffixes]
+            others = [p.name for p in files if p.suffix.lower() not in suffixes]
             if others:
-                names = Counter(p.suffix.lower() or p.name for p in others).most_common(9)
-                names = " ".join(suffix for suffix, _ in names)
-                print(f"{path}: {len(others):,} files passed over that are no images: {names}")
+                print(f"{path}: {len(others):,} files are no images, as {', '.join(others[:3])}")
             samples += map(Sample, inside)
         elif path.suffix.lower() == ".csv":
             samples += list_csv(path)
@@ -327,26 +324,19 @@ def thumbnail(path):
 
 
 def write_check(rows):
-    """Write pages to correct readings in, the least sure first. Returns their paths."""
+    """Write a page to correct readings in, the least sure first. Returns its path.
+
+    It saves them as labels.csv, or under another name that is free, for the folder of the images.
+    """
     rows = rows.drop_duplicates("image_path").sort_values("confidence", kind="stable")
+    rows = rows[:CHECKED_AT_ONCE]
     folders = [os.path.dirname(os.path.abspath(path)) for path in rows.image_path]
     try:
         folder = Path(os.path.commonpath(folders))
     except ValueError:
         raise InputError("images on two drives: read each alone or set REPORT_DIR = None") from None
-    for former in Path(REPORT_DIR).glob("check_[0-9]*.html"):
-        former.unlink()
-    free = (file for file in numbered("labels.csv") if not (folder / file).exists())
-    starts, pages = range(0, len(rows), CHECKED_AT_ONCE), numbered("check.html")
-    return [
-        write_check_page(page, rows[start : start + CHECKED_AT_ONCE], folder, file)
-        for start, page, file in zip(starts, pages, free)
-    ]
-
-
-def write_check_page(page, rows, folder, file):
-    """Write a page that saves corrected readings as file, meant for folder. Returns its path."""
-    bar = dict(desc=page, unit="img", disable=None)
+    file = next(file for file in numbered("labels.csv") if not (folder / file).exists())
+    bar = dict(desc="check.html", unit="img", disable=None)
     images = thread_map(thumbnail, rows.image_path, max_workers=NUM_THREADS, **bar)
     paths = [Path(os.path.relpath(path, folder)).as_posix() for path in rows.image_path]
     rows = rows.assign(path=paths, text=rows.prediction, image=images).round({"confidence": 2})
@@ -354,7 +344,7 @@ def write_check_page(page, rows, folder, file):
     columns = ["path", "text", "confidence", "unrestricted", "others", "image"]
     job["rows"] = rows[columns].to_dict("records")
     content = json.dumps(job, ensure_ascii=False).replace("<", "\\u003c")  # no tag ends the script
-    return write_page(page, "check.html", content)
+    return write_page("check.html", "check.html", content)
 
 
 # ---- Report. rows: a DataFrame with columns image_path, label, source, prediction, confidence.
@@ -368,12 +358,11 @@ def edits(label, prediction):
 
 def summarize(rows):
     """How well all rows are read: a dict of shares, from 0 to 1."""
-    label, prediction, fold = rows.label, rows.prediction, crnn.fold_lookalikes
+    label, prediction = rows.label, rows.prediction
     distances = map(Levenshtein.distance, label, prediction)
     return {
         "exact match": (label == prediction).mean(),
         "exact match, any case": (label.str.lower() == prediction.str.lower()).mean(),
-        "exact match, look-alikes folded": (label.map(fold) == prediction.map(fold)).mean(),
         "character error rate": sum(distances) / label.str.len().sum(),
         "calibration error": crnn.calibration_error(rows.confidence, label == prediction),
     }
@@ -423,8 +412,8 @@ def write_report(rows):
     errors = pd.DataFrame(errors, columns=["label", "read"])
     errors = errors.replace({"": "(nothing)", " ": "(space)"}).value_counts().head(25)
     sheet = surest_errors(rows, Path(REPORT_DIR) / "surest_errors.png")
-    percent = dict.fromkeys(["share", "exact", "±", "CER", "folded"], "{:.1%}".format)
-    looks = dict(formatters=percent, na_rep="-", border=0, index_names=False)
+    percent = dict.fromkeys(["share", "exact", "±", "CER"], "{:.1%}".format)
+    looks = dict(formatters=percent, border=0, index_names=False)
     table = partial(pd.DataFrame.to_html, **looks)
     image = '<img alt="" src="{}">'.format
     sections = {
@@ -462,8 +451,8 @@ def main(arguments=()):
         if REPORT_DIR:
             print(f"report: {write_report(labelled).as_posix()}")
     if len(bare) and REPORT_DIR:
-        for page in write_check(bare):
-            print(f"to correct the readings, open {page.as_posix()} in a browser")
+        some = "the readings" if len(bare) <= CHECKED_AT_ONCE else "the least sure readings"
+        print(f"to correct {some}, open {write_check(bare).as_posix()} in a browser")
     unsure, skipped = (rows.confidence < MIN_CONFIDENCE).sum(), len(samples) - len(rows)
     images = "1 image" if len(rows) == 1 else f"{len(rows):,} images"
     print(f"{images} read, {unsure:,} below MIN_CONFIDENCE = {MIN_CONFIDENCE}, {skipped:,} skipped")
