@@ -719,6 +719,9 @@ def choose_reading(model, image, looks, known):
         reading = looks[best].reading._replace(confidence=min(1.0, float(scores[best].exp())))
     if known.lexicon:  # its confidence is a share among texts
         return find_in_lexicon(looks, model.charset, reading, known)
+    from_edge_to_edge = (image[:, [0, -1]] < INK_TONE).any(0).all()
+    if set(reading.text) <= {"_", " "} and from_edge_to_edge:  # a ruled line
+        reading = reading._replace(text="", characters=[])
     in_parts = reading.text and set(reading.text) <= set("=:;÷")  # one above the other
     several = not in_parts and count_lines(image) > 1
     if several or not reading.text and looks_written(image):

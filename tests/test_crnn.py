@@ -510,6 +510,14 @@ def test_lines_and_columns_that_read_as_nothing_are_doubted():
     assert not crnn.looks_written(load_image(Image.new("L", (60, 40), 255)))
 
 
+def test_a_ruled_line_is_no_underscore(shipped):
+    ruled = Image.new("L", (200, 40), 255)
+    ImageDraw.Draw(ruled).line((0, 36, 200, 36), fill=0, width=2)
+    readings = read_images(shipped, [load_image(ruled), *lines("_")], 1)
+    assert [reading.text for reading in readings] == ["", "_"]
+    assert min(reading.confidence for reading in readings) > 0.5
+
+
 @pytest.mark.parametrize("text", ["12.50\n3.75", "12\n34", "A\nB", "one\ntwo\n3"])
 def test_of_several_lines_no_reading_looks_sure(shipped, text):
     image = Image.new("L", (120, 100), 255)
