@@ -55,7 +55,7 @@ USUAL_PITCH = 8  # pixels from stroke to stroke; tighter lines are stretched, at
 LOW_LINE, USUAL_LINE = 0.36, 0.45  # text lower than 36 % of the height is zoomed to 45 %
 
 # How it is read
-SECOND_LOOK = 0.6  # confidence (not calibrated) below which an image is read again
+SECOND_LOOK = 0.6  # confidence (not calibrated) below which an image is looked at in other ways
 SHORTLIST = 50  # texts of a lexicon, the nearest to what is read, among which the network chooses
 DOUBT = 1.5  # how much less likely, in nats a character, a text is that the lexicon lacks
 MIN_ALTERNATIVE = 0.02  # probability below which an alternative is not reported
@@ -650,7 +650,7 @@ def align(log_probs, target):
     """The frame of each character of a target that most of its alignments with (T, C) have it in.
 
     By the gradient of the CTC loss, the probability of a class less the share of alignments that
-    are in it at a frame (Graves et al. 2006, equation 15, as torch has it).
+    are in it at a frame (Graves et al. 2006, equation 16).
     """
     with torch.inference_mode(False), torch.enable_grad():
         # Every character as a class of its own, or two of a kind could not be told apart
@@ -780,7 +780,7 @@ def straighten(image):
     return torch.from_numpy(np.array(turned))  # (HEIGHT, W + 6)
 
 
-SECOND_LOOKS = invert, shrink, straighten  # how an unsure image is read again
+SECOND_LOOKS = invert, shrink, straighten  # the other ways
 
 
 # ---- Processes: one alone, or several of torchrun. The first, of rank 0, prints and writes.

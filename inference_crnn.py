@@ -197,7 +197,9 @@ def list_samples(arguments):
                 print(f"{path} holds no images: name a folder with some, or a csv", file=sys.stderr)
             others = [p.name for p in files if p.suffix.lower() not in suffixes]
             if others:
-                print(f"{path}: {len(others):,} files are no images, as {', '.join(others[:3])}")
+                print(
+                    f"{path}: {len(others):,} files are no images, such as {', '.join(others[:3])}"
+                )
             samples += map(Sample, inside)
         elif path.suffix.lower() == ".csv":
             samples += list_csv(path)

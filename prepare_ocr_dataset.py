@@ -1497,11 +1497,10 @@ def draw_all(counts):
     cv2.setNumThreads(1)  # before the fork: a worker would wait for ever for threads left behind
     # A spawned worker has imported the constants as written in this file: it is given the present.
     constants = {name: globals()[name] for name in [*SHAPING, "FONTS_DIR", "DATASETS_DIR"]}
+    task = partial(draw_chunk, constants)
     new = sum(chunk.number for chunk in missing)
     with ProcessPoolExecutor(NUM_WORKERS) as pool, crnn.progress(desc="drawing", total=new) as bar:
-        for number in (pool.map if NUM_WORKERS > 1 else map)(
-            partial(draw_chunk, constants), missing
-        ):
+        for number in (pool.map if NUM_WORKERS > 1 else map)(task, missing):
             bar.update(number)
     return chunks, new
 

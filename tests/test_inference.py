@@ -160,7 +160,7 @@ def test_of_a_folder_what_is_no_image_is_named_and_the_rest_is_read(infer, line,
     shutil.copytree(folder, folder / ".hidden")
     assert infer.main([str(folder), missing]) == 1
     output, errors = capsys.readouterr()
-    assert re.search("3 files are no images, as .*\\.pdf", output)
+    assert re.search("3 files are no images, such as .*\\.pdf", output)
     assert "2 images read" in output and "3 skipped" in output
     assert len(predictions(infer)) == 2
     skipped = re.findall(r"^skipped: .*?([a-z]+\.\w+): ", errors, re.M)
