@@ -9,6 +9,7 @@ The parts reading and peers need the default data of python prepare_ocr_dataset.
 
 import datetime
 import io
+import itertools
 import os
 import platform
 import random
@@ -396,14 +397,14 @@ def picture():
         colour = "#007020" if reading.text == label else "#c00000"
         cells.append((path, [(reading.text, colour)]))
     crnn.contact_sheet(ROOT / ".github" / "reads.png", cells, columns=4)
-    sources = "trdg_custom", "handwriting", "synthetic_math"
-    drawn = [(s, prepare_ocr_dataset.sample(s, i)) for i in range(60, 100, 3) for s in sources]
-    cells = [
-        (Image.fromarray(image), [(label, "black"), (f"{source}, {style}", "#777777")])
-        for source, (image, label, _, style) in drawn
-        if len(label) < 20 and style != "plain"
-    ]
-    crnn.contact_sheet(ROOT / ".github" / "drawn.png", cells[:16], columns=4)
+    cells = []
+    for source, number in dict(trdg_custom=8, handwriting=5, synthetic_math=3).items():
+        drawn = (prepare_ocr_dataset.sample(source, i) for i in range(60, 200))
+        styled = (each for each in drawn if len(each[1]) < 20 and each[3] != "plain")
+        for image, label, _, style in itertools.islice(styled, number):
+            captions = [(label, "black"), (f"{source}, {style}", "#777777")]
+            cells.append((Image.fromarray(image), captions))
+    crnn.contact_sheet(ROOT / ".github" / "drawn.png", cells, columns=4)
 
 
 def main(*wanted):
