@@ -486,12 +486,14 @@ def calibrate(confidences, correct):
     x = torch.stack([confidences.logit(), torch.ones_like(confidences)], 1)  # (N, 2)
     right, wrong = correct.sum(), (1 - correct).sum()
     target = torch.where(correct > 0, (right + 1) / (right + 2), 1 / (wrong + 2))  # (N,)
-    weights = torch.tensor(crnn.UNCALIBRATED, dtype=torch.float64, requires_grad=True)  # (2,)
+    start = torch.tensor(crnn.UNCALIBRATED, dtype=torch.float64)  # (2,)
+    weights = start.clone().requires_grad_()
     optimizer = torch.optim.LBFGS([weights], max_iter=100, line_search_fn="strong_wolfe")
 
     def loss():
         optimizer.zero_grad()
-        value = F.binary_cross_entropy_with_logits(x @ weights, target)
+        value = F.binary_cross_entropy_with_logits(x @ weights, target, reduction="sum")
+        value = value + 5 * (weights - start).square().sum()  # a few rows shall not move it far
         value.backward()
         return value
 

@@ -372,6 +372,8 @@ def test_calibration_makes_confidence_the_share_of_right_readings():
     calibration = calibrate([0.9] * 10, [True] * 10)  # nothing to learn from
     assert 0 < calibration[0] < 10
     assert crnn.calibrated(0.9, calibration) > 0.85
+    few = calibrate([0.6] * 15, [True] * 13 + [False] * 2)  # as after 200 images of one's own
+    assert 0.3 < crnn.calibrated(0.3, few) < 0.5
     assert 0 <= crnn.calibrated(0.0, calibration) <= crnn.calibrated(1.0, calibration) <= 1
     assert crnn.calibrated(0.3, crnn.UNCALIBRATED) == pytest.approx(0.3, rel=1e-12)
 
