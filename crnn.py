@@ -554,9 +554,11 @@ def text_log_probability(log_probs, targets):
 
 def mean_log_probability(looks, targets):
     """The log of the probability of each text, on average over some Looks: (texts,)."""
-    each = [look.log_probs[:, None].expand(-1, len(targets), -1) for look in looks]  # (T, texts, C)
-    each = torch.stack([text_log_probability(log_probs, targets) for log_probs in each])
-    return each.logsumexp(0) - math.log(len(looks))  # (texts,)
+    scores = []
+    for look in looks:
+        log_probs = look.logits.log_softmax(1)[:, None].expand(-1, len(targets), -1)
+        scores.append(text_log_probability(log_probs, targets))  # (texts,)
+    return torch.stack(scores).logsumexp(0) - math.log(len(looks))  # (texts,)
 
 
 def calibrated(confidence, calibration):
@@ -640,7 +642,7 @@ def find_in_lexicon(looks, charset, reading, known):
     # What was read is one more text, unless the lexicon has it: an image may show something else.
     scores[-1] -= math.inf if reading.text in texts else DOUBT * max(1, len(reading.text))
     confidence = float(scores.softmax(0)[best])
-    log_probs, width = looks[0].log_probs, looks[0].width
+    log_probs, width = looks[0].logits.log_softmax(1), looks[0].width
     peaks = align(log_probs, targets[best])
     chosen = make_reading(charset, log_probs, targets[best], peaks, width, confidence)
     return chosen._replace(unrestricted=reading.text)
@@ -665,7 +667,7 @@ class Look(NamedTuple):
     """What the network sees in an image, looked at in one way."""
 
     reading: Reading
-    log_probs: torch.Tensor  # (T, C)
+    logits: torch.Tensor  # (T, C)
     width: float  # of the image in frames, without its padding
 
 
@@ -702,9 +704,8 @@ def look_at(model, images, batch_size, known):
             if known[i].taken_for is not None:
                 logits[:, n] = take_for(logits[:, n], known[i].taken_for)
         widths = [images[i].shape[1] / PIXELS_PER_FRAME for i in batch]
-        log_probs = logits.log_softmax(2)  # (T, N, C)
-        readings = greedy_decode(log_probs, model.charset, widths)
-        for i, *look in zip(batch, readings, log_probs.unbind(1), widths):
+        readings = greedy_decode(logits, model.charset, widths)
+        for i, *look in zip(batch, readings, logits.unbind(1), widths):
             looks[i] = Look(*look)
     return looks
 
@@ -794,13 +795,15 @@ def rank():
     return int(os.environ.get("RANK", 0)) if world_size() > 1 else 0
 
 
-def join_processes(backend="gloo"):
+def join_processes(backend):
     """Meet the others, if there are any; only the first prints from then on."""
     if world_size() > 1:
         # Before the group is there, which the defaults of its functions would hold for good
         import torch.distributed.nn.functional  # noqa: F401, see leave_processes
 
-        dist.init_process_group(backend, timeout=timedelta(days=1))  # drawing millions takes long
+        dist.init_process_group(
+            backend, timeout=timedelta(days=1)
+        )  # one reads while the others wait
         if rank():
             sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115, for good
 

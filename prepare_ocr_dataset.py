@@ -764,15 +764,15 @@ def fit(strokes, left, top, width, height):
 
 
 @cache
-def place_of(c):
-    """How a character stands on its line, in heights of a capital: a row of PLACES_FILE.
+def places():
+    """Character -> how it stands on its line, in heights of a capital; as A does, if not listed.
 
     anchor: which part of it is placed, 0 its bottom, 1 its top; height: how high above the
     baseline; least, most: how tall it is, or of a sign its larger side.
     """
     rows = pd.read_csv(PLACES_FILE, index_col=0, keep_default_na=False).itertuples()
-    places = {c: row for row in rows for c in row.Index}
-    return places.get(c, places["A"])
+    listed = {c: row for row in rows for c in row.Index}
+    return defaultdict(lambda: listed["A"], listed)
 
 
 class Hand(NamedTuple):
@@ -874,7 +874,7 @@ def join(canvas, start, end, hand):
 
 def take_from_emnist(c, hand):
     """As write_character(), without ends."""
-    images, place = emnist_class(hand.split, c), place_of(c)
+    images, place = emnist_class(hand.split, c), places()[c]
     if not len(images):
         return None
     size, glyph = (place.least + place.most) / 2, choice(images)  # (28, 28)
@@ -903,7 +903,7 @@ def write_character(c, hand):
         strokes = samples and strokes_of(choice(samples))
     if not strokes:
         return None
-    place = place_of(c)
+    place = places()[c]
     width, height = np.ptp(np.concatenate(strokes), axis=0)
     size = max(1, height if c in ALPHANUMERIC else max(width, height))
     # A writer's capitals are 128 high in the median. Somebody else's sign has no size in this hand.

@@ -412,7 +412,9 @@ def average_in(means, weights, steps):
 
 
 def mix_in(start, average):
-    """A copy of the average, a share KEEP_START of it the start: WiSE-FT (arXiv:2109.01903)."""
+    """The average or, to keep some of the start, a mean with it: WiSE-FT (arXiv:2109.01903)."""
+    if not (INIT_WEIGHTS and KEEP_START):
+        return average
     model = copy.deepcopy(average)
     for mean, first in zip(model.state_dict().values(), start.state_dict().values()):
         if mean.is_floating_point():
