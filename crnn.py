@@ -365,19 +365,14 @@ def num_frames(width):
 
 
 def frames_needed(target):
-    """The fewest frames for a label or target: with fewer, the loss is infinite (Graves et al.).
+    """The fewest frames, see num_frames, for a label or target: with fewer, the loss is infinite.
 
-    One for each character, and a blank between equal neighbours.
+    One for each character, and a blank between equal neighbours (Graves et al. 2006).
 
     >>> frames_needed("Abbot")
     6
     """
     return len(target) + sum(a == b for a, b in zip(target, target[1:]))
-
-
-def fits(label, image):
-    """Whether an image (HEIGHT, W) has the frames that its label needs."""
-    return frames_needed(label) <= num_frames(image.shape[1])
 
 
 # ---- Network
@@ -572,7 +567,8 @@ def calibrated(confidence, calibration):
 class Known(NamedTuple):
     """What an image can show."""
 
-    taken_for: torch.Tensor | None = None  # (C,), see take_for(); None: every class for itself
+    # (C,): the class to which the probability of each is added, C being none; None: each to itself
+    taken_for: torch.Tensor | None = None
     lexicon: tuple = ()  # the texts it can show; none: any
     lowered: tuple = ()  # the same in small letters: on signs a word may be in capitals
 
@@ -617,13 +613,6 @@ def read_lexicon(lexicon):
         raise InputError("LEXICON must be a file with a text per line, or a list of texts")
     texts = [normalize("NFC", str(text)).strip() for text in lexicon]
     return list(dict.fromkeys(filter(None, texts)))
-
-
-def take_for(logits, taken_for):
-    """Logits (T, C), the probability of each class added to the one it is taken for; C: to none."""
-    probabilities = logits.softmax(1)  # (T, C)
-    sums = torch.zeros(len(logits), logits.shape[1] + 1)  # (T, C + 1)
-    return sums.index_add_(1, taken_for, probabilities)[:, :-1].log()  # (T, C)
 
 
 def find_in_lexicon(looks, charset, reading, known):
@@ -702,7 +691,9 @@ def look_at(model, images, batch_size, known):
             logits = model(ink.to(device)).float().cpu()  # (T, N, C)
         for n, i in enumerate(batch):
             if known[i].taken_for is not None:
-                logits[:, n] = take_for(logits[:, n], known[i].taken_for)
+                sums = torch.zeros(len(logits), logits.shape[2] + 1)  # (T, C + 1)
+                sums.index_add_(1, known[i].taken_for, logits[:, n].softmax(1))
+                logits[:, n] = sums[:, :-1].log()  # (T, C)
         widths = [images[i].shape[1] / PIXELS_PER_FRAME for i in batch]
         readings = greedy_decode(logits, model.charset, widths)
         for i, *look in zip(batch, readings, logits.unbind(1), widths):
@@ -801,23 +792,16 @@ def join_processes(backend):
         # Before the group is there, which the defaults of its functions would hold for good
         import torch.distributed.nn.functional  # noqa: F401, see leave_processes
 
-        dist.init_process_group(
-            backend, timeout=timedelta(days=1)
-        )  # one reads while the others wait
+        dist.init_process_group(backend, timeout=timedelta(days=1))  # the others wait for rank 0
         if rank():
             sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115, for good
 
 
-def wait_for_all():
-    """Go on when every process has come here."""
-    if world_size() > 1:
-        dist.barrier()
-
-
 def leave_processes():
-    """Leave the process group, which nothing may hold any more."""
+    """Leave the process group, which nothing may hold any more, when all have come here."""
     # Or gloo's threads may abort a process while the interpreter shuts down (pytorch PR 179291).
     if world_size() > 1:
+        dist.barrier()
         dist.destroy_process_group()
 
 
@@ -841,12 +825,6 @@ def check_output(path, constant):
         raise InputError(f"{constant} = {path!r} is no file: give it the name of one")
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     tempfile.TemporaryFile(dir=Path(path).parent).close()
-
-
-def remove_leftovers(folder):
-    """Remove what whole_file left in a folder when its process was killed."""
-    for path in Path(folder).glob(".*.part"):
-        path.unlink(missing_ok=True)
 
 
 def save_tensors(path, content):

@@ -1413,7 +1413,8 @@ def is_readable(image, label):
     """Whether the network sees ink in an image, and has frames for all of its label."""
     # As an array: torch's threads hang in a forked worker, and a wide line stopped a run for good.
     seen = crnn.load_image(image).numpy()  # (HEIGHT, W)
-    return crnn.fits(label, seen) and int((seen < 128).sum()) >= 3  # pixels: a full stop
+    fits = crnn.frames_needed(label) <= crnn.num_frames(seen.shape[1])
+    return fits and int((seen < 128).sum()) >= 3  # pixels: a full stop
 
 
 def draw(line, tool):
@@ -1491,7 +1492,8 @@ def draw_all(counts):
             chunks.append(Chunk(source, start, min(CHUNK, count - start), mark, csv_path))
     missing = [chunk for chunk in chunks if rows_of(chunk) is None]
     for place in (folder, *(folder / source for source in counts)):
-        crnn.remove_leftovers(place)
+        for leftover in Path(place).glob(".*.part"):  # of whole_file in a process that was killed
+            leftover.unlink(missing_ok=True)
     if missing:  # the labels of the former images
         (folder / "data.csv").unlink(missing_ok=True)
     cv2.setNumThreads(1)  # before the fork: a worker would wait for ever for threads left behind

@@ -113,10 +113,9 @@ def reason_to_skip(label, image, reason, charset):
         return rare, crnn.describe(charset.unknown(label)[0])
     if image is None:
         return "missing or unreadable image", reason
-    if not crnn.fits(label, image):
-        needed, frames = crnn.frames_needed(label), crnn.num_frames(image.shape[1])
-        counts = f"it needs {needed} frames, the image has {frames}"
-        return "label that cannot fit its image", counts
+    needed, frames = crnn.frames_needed(label), crnn.num_frames(image.shape[1])
+    if needed > frames:
+        return "label that cannot fit its image", f"it needs {needed} frames, but has {frames}"
     return None, ""
 
 
@@ -677,7 +676,6 @@ def main():
     del trained  # it holds the process group
     if rank() == 0:
         finish(state, device, val, test)
-    crnn.wait_for_all()
     crnn.leave_processes()
 
 
