@@ -169,8 +169,8 @@ def load_image(source, turns=0):
             if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":  # a camera's: one photo
                 print(f"{name} has {image.n_frames} pages: the first is read", file=sys.stderr)
         check_lines(grey)
-        first = scale(grey, View())  # as it is, to see how large its text is
-        pixels = scale(grey, closer_view(first))  # with that text at the usual size and pitch
+        first = scale(grey)  # as it is, to see how large its text is
+        pixels = scale(grey, *closer_view(first))  # with that text at the usual size and pitch
     except FileNotFoundError:
         raise InputError(f"{name}: no such file or folder") from None
     except UnidentifiedImageError:
@@ -267,21 +267,16 @@ def rgb_to_grey(image):
     return ImageOps.autocontrast(bands[best])
 
 
-class View(NamedTuple):
-    """How an image is looked at: which of its rows, and how they are brought to HEIGHT."""
+def scale(grey, top=0.0, bottom=1.0, stretch=1.0, smoothing=0.0):
+    """A grey PIL image as dark ink on light paper: uint8 (HEIGHT, W).
 
-    top: float = 0.0  # first and last row, as parts of the height
-    bottom: float = 1.0
-    stretch: float = 1.0  # of the width
-    smoothing: float = 0.0  # radius of a blur, in pixels
-
-
-def scale(grey, view):
-    """A grey PIL image in a View, as dark ink on light paper: uint8 (HEIGHT, W)."""
-    box = (0, view.top * grey.height, grey.width, view.bottom * grey.height)
-    width = max(1, round(grey.width * view.stretch * HEIGHT / (box[3] - box[1])))
+    top, bottom: first and last row, as parts of the height; stretch: of the width; smoothing:
+    radius of a blur, in pixels.
+    """
+    box = (0, top * grey.height, grey.width, bottom * grey.height)
+    width = max(1, round(grey.width * stretch * HEIGHT / (box[3] - box[1])))
     small = grey.resize((width, HEIGHT), Image.Resampling.BICUBIC, box)
-    return to_dark_on_light(np.asarray(small.filter(ImageFilter.GaussianBlur(view.smoothing))))
+    return to_dark_on_light(np.asarray(small.filter(ImageFilter.GaussianBlur(smoothing))))
 
 
 def to_dark_on_light(grey):
@@ -300,22 +295,23 @@ def to_dark_on_light(grey):
 
 
 def closer_view(image):
-    """The View of an image, uint8 (HEIGHT, W), that brings its text to the usual size and pitch.
+    """What scale() takes to bring the text of an image, uint8 (HEIGHT, W), to the usual size.
 
     Measures the height of the line and the pitch of its strokes. Crops to a low line, stretches
-    tight strokes, and blurs the less the smaller the text is.
+    tight strokes, and blurs the less the smaller the text is. Returns top, bottom, stretch and
+    smoothing.
     """
     ink = image < INK_TONE
     top, bottom = inked_rows(ink)
     line = (bottom - top) / HEIGHT
     if not line:  # specks or a lone dot: no size to go by
-        return View(smoothing=SMOOTHING)
+        return 0.0, 1.0, 1.0, SMOOTHING
     ink = ink[top:bottom]
     starts = np.count_nonzero(ink[:, 1:] > ink[:, :-1], axis=1) + ink[:, 0]  # of each row, (H,)
     fullest = np.sort(starts)[-max(1, len(ink) // 3) :]  # a third of the rows crosses most strokes
     strokes = float(fullest.mean())
     if strokes < MIN_STROKES:  # its place and size tell a comma from a quote and c from C
-        return View(smoothing=SMOOTHING * line)
+        return 0.0, 1.0, 1.0, SMOOTHING * line
     columns = np.flatnonzero(ink.any(0))
     width = int(columns[-1] - columns[0]) + 1
     first, last = 0.0, 1.0
@@ -324,7 +320,7 @@ def closer_view(image):
         first, last = max(0.0, middle - reach), min(1.0, middle + reach)
     stretch = min(max(USUAL_PITCH * strokes * (last - first) / width, 1.0), 1.5)
     stretch = stretch if stretch > 1.05 else 1.0  # a few columns would only blur
-    return View(first, last, stretch, SMOOTHING * line / (last - first))
+    return first, last, stretch, SMOOTHING * line / (last - first)
 
 
 def inked_rows(ink):

@@ -253,7 +253,7 @@ def reading():
     words = rows[(rows.split != "train") & plain & ~rows.label.str.contains(" ")]
     for path in words.image_path:
         with Image.open(path) as image:
-            grey = crnn.scale(image.convert("L"), crnn.View())  # (32, W)
+            grey = crnn.scale(image.convert("L"))  # (32, W)
         if 80 <= grey.shape[1] <= 120:
             Image.fromarray(grey).save(folder / path.name)
     words = words.assign(image_path=[folder / path.name for path in words.image_path])
