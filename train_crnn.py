@@ -12,7 +12,6 @@ import copy
 import math
 import os
 import time
-import unicodedata
 import zlib
 from pathlib import Path
 
@@ -21,6 +20,7 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.optim.lr_scheduler import OneCycleLR
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import TensorDataset
 from tqdm.contrib.concurrent import thread_map
@@ -87,26 +87,21 @@ def read_rows(known):
         raise InputError(f"{DATA_CSV} has the split {unknown_splits[0]!r}: use train, val or test")
     counts = rows.label[rows.split == "train"].map(set).explode().value_counts()
     new = sorted(c for c, n in counts.items() if n >= MIN_CHARACTER_ROWS and c not in known)
-    new = [c for c in new if not is_control(c)]
+    new = "".join(filter(str.isprintable, new))  # no tabs, zero-width and others that are not seen
     if not (rows.split == "train").any():
-        fell = "all fell to val or test: add a column split"
-        raise InputError(f"{DATA_CSV} has no training labels, {fell}")
+        raise InputError(f"{DATA_CSV} has no training labels, all fell to val or test: add splits")
     if not known and not new:
-        few = f"MIN_CHARACTER_ROWS = {MIN_CHARACTER_ROWS}"
-        raise InputError(f"{DATA_CSV} has no training labels: {few} of them must share a character")
-    return rows, crnn.Charset(known + "".join(new))
-
-
-def is_control(character):
-    """Line breaks, tabs, zero-width and other characters that no image shows."""
-    return unicodedata.category(character)[0] == "C"
+        raise InputError(
+            f"{DATA_CSV} has no character in MIN_CHARACTER_ROWS of its training labels"
+        )
+    return rows, crnn.Charset(known + new)
 
 
 def reason_to_skip(label, image, reason, charset):
     """Why a row cannot be used, and its particulars; (None, "") where it can. See crnn.try_load."""
     if not label:
         return "empty label", ""
-    if any(map(is_control, label)):
+    if not label.isprintable():
         return "line break or control character in the label", repr(label)
     if charset.unknown(label):
         rare = f"character in fewer than MIN_CHARACTER_ROWS = {MIN_CHARACTER_ROWS} training labels"
@@ -330,13 +325,12 @@ def make_optimizers(net, steps):
     layers = [*net.crnn.cnn.parameters(), *net.crnn.lstm.parameters()]
     matrices = [p for p in layers if p.ndim > 1]
     others = [p for p in net.parameters() if not any(p is matrix for matrix in matrices)]
-    rates = recipe()["matrix_learning_rate"], recipe()["learning_rate"]
-    adamw = torch.optim.AdamW(others, rates[1], weight_decay=WEIGHT_DECAY, fused=True)
-    parts = dict(muon=Muon(matrices, rates[0]), adamw=adamw)
+    rates = dict(muon=recipe()["matrix_learning_rate"], adamw=recipe()["learning_rate"])
+    adamw = torch.optim.AdamW(others, rates["adamw"], weight_decay=WEIGHT_DECAY, fused=True)
+    parts = dict(muon=Muon(matrices, rates["muon"]), adamw=adamw)
     cycle = dict(total_steps=steps + 1, pct_start=WARM_UP, cycle_momentum=False)
-    for name, rate in zip(("muon", "adamw"), rates):
-        schedule = torch.optim.lr_scheduler.OneCycleLR(parts[name], rate, **cycle)
-        parts[f"{name} schedule"] = schedule
+    for name, rate in rates.items():
+        parts[f"{name} schedule"] = OneCycleLR(parts[name], rate, **cycle)
     half = crnn.compute_dtype(torch.device(DEVICE).type, PRECISION) == torch.float16
     return parts | dict(scaler=torch.amp.GradScaler(torch.device(DEVICE).type, enabled=half))
 
@@ -503,11 +497,6 @@ def calibrate(confidences, correct):
 
 
 # ---- Outputs: the model, the state to resume from, history.csv and training_curves.png
-def resume_path():
-    """Where the state after the last complete epoch is."""
-    return Path(MODEL_PATH).with_suffix(".resume.pth")
-
-
 def save_if_best(state, model, exact, cer, rows):
     """Save an epoch that reads the val rows as well as the best before, or the starting weights."""
     if exact < state["best"]:
@@ -527,17 +516,20 @@ def save_if_best(state, model, exact, cer, rows):
 
 def load_state(expected, parts):
     """Put the parts back as they were saved. Returns the state, if its fingerprint is expected."""
-    path, remedy = resume_path(), "set RESUME = False to train from the start"
+    path, remedy = Path(MODEL_PATH).with_suffix(".resume.pth"), "set RESUME = False to start anew"
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
-        if saved["fingerprint"] == expected:
-            for name, part in parts.items():
-                part.load_state_dict(saved.pop(name))
+        if saved["fingerprint"] != expected:
+            raise InputError(
+                f"RESUME: {path} has other data or constants: restore them or {remedy}"
+            )
+        for name, part in parts.items():
+            part.load_state_dict(saved.pop(name))
+    except InputError:
+        raise
     except Exception as error:  # torch.load raises pickle, zip, key and runtime errors
         reason = type(error).__name__
         raise InputError(f"RESUME: {path} cannot be used ({reason}): {remedy}") from None
-    if saved["fingerprint"] != expected:
-        raise InputError(f"RESUME: {path} has other data or constants: restore them, or {remedy}")
     print(f"resuming after epoch {saved['epoch']}")
     return saved
 
@@ -552,7 +544,7 @@ def write_history(history, curves):
     from matplotlib.figure import Figure  # not pyplot, which may open a window
 
     figure = Figure(figsize=(15, 4), layout="constrained")
-    axes = figure.subplots(1, 3)
+    axes = figure.subplots(1, 3, subplot_kw=dict(xlabel="epoch"))
     losses = pd.Series(sum(table.losses, []))
     losses.index = (losses.index + 1) / len(losses) * len(table)  # in epochs
     axes[0].semilogy(losses.rolling(max(1, len(losses) // len(table) // 20)).mean())
@@ -563,7 +555,6 @@ def write_history(history, curves):
         ax.set_title(f"validation: {measure}, %")
     axes[2].legend(loc="center left", bbox_to_anchor=(1, 0.5))  # outside: sources can be many
     for ax in axes:
-        ax.set_xlabel("epoch")
         ax.grid(alpha=0.3)
     with whole_file(folder / "training_curves.png") as temporary:
         figure.savefig(temporary, format="png", dpi=80)
@@ -583,8 +574,7 @@ def end_epoch(state, net, parts, losses, started, val, rows, epochs):
     print(f"Epoch {epoch}/{epochs} — {scores} — {pace}", flush=True)
     shown = epoch % math.ceil(epochs / 10) == 0 or epoch == epochs
     if shown:
-        examples = seen[epoch % 7 :: max(1, len(seen) // SHOWN)]  # others each epoch
-        for row in examples[:SHOWN].itertuples():
+        for row in seen.sample(min(SHOWN, len(seen)), random_state=epoch).itertuples():
             print(f"    {row.label} | {row.prediction}")
     if (seen.prediction == "").mean() > 0.9:
         print("    nearly all predictions are still empty: normal in the first epochs of CTC")
@@ -594,8 +584,8 @@ def end_epoch(state, net, parts, losses, started, val, rows, epochs):
         facts |= {f"{measure} {source}": float(v) for source, v in table[measure].items()}
     state["history"].append(facts)
     save_if_best(state, model, exact, cer, rows)
-    saved = {name: part.state_dict() for name, part in parts.items()}
-    crnn.save_tensors(resume_path(), dict(state, net=net.state_dict(), **saved))
+    saved = {name: part.state_dict() for name, part in dict(parts, net=net).items()}
+    crnn.save_tensors(Path(MODEL_PATH).with_suffix(".resume.pth"), state | saved)
     write_history(state["history"], curves=shown)
 
 
