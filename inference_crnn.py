@@ -21,6 +21,7 @@ import warnings
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext, suppress
 from functools import cache, partial
+from glob import glob
 from pathlib import Path
 from typing import NamedTuple
 
@@ -161,7 +162,7 @@ def read_turned(model, source, reading, known):
 class Sample(NamedTuple):
     """An image to read."""
 
-    path: Path
+    image_path: Path
     label: str = ""  # "" if unknown
     source: str = ""
     split: str = ""
@@ -171,36 +172,26 @@ class Sample(NamedTuple):
 
 def list_csv(path):
     """The Samples of a csv, whose paths, also of a column lexicon, start at its own folder."""
-    rows = crnn.add_split(crnn.read_labels(path))
-    for column in {"allowed", "lexicon"} - set(rows):
-        rows[column] = ""
+    rows = crnn.add_split(crnn.read_labels(path)).reindex(columns=Sample._fields, fill_value="")
     names = rows.lexicon.str.strip().str.replace("\\", "/")
     lexica = [name and Path(path).parent / name for name in names]
-    paths = crnn.image_paths(rows, path)
-    return list(map(Sample, paths, rows.label, rows.source, rows.split, rows.allowed, lexica))
+    rows = rows.assign(image_path=crnn.image_paths(rows, path), lexicon=lexica)
+    return list(map(Sample._make, rows.itertuples(index=False)))
 
 
 def list_samples(arguments):
     """A Sample for every image that the arguments name."""
-    registered = Image.registered_extensions().items()
-    suffixes = {suffix for suffix, kind in registered if kind in Image.OPEN}  # PDF is only written
-    samples = []
+    samples, kinds = [], Image.registered_extensions()  # by suffix; PDF is not in Image.OPEN
     for path in map(Path, arguments):
         if os.path.isdir(path):
-            # Not what is hidden, such as a Mac's ._ files
-            files = sorted(
-                p for p in path.rglob("*") if "/." not in f"/{p.relative_to(path).as_posix()}"
-            )
-            files = [p for p in files if p.is_file()]
-            inside = [p for p in files if p.suffix.lower() in suffixes]
-            if not inside:
-                print(f"{path} holds no images: name a folder with some, or a csv", file=sys.stderr)
-            others = [p.name for p in files if p.suffix.lower() not in suffixes]
-            if others:
-                print(
-                    f"{path}: {len(others):,} files are no images, such as {', '.join(others[:3])}"
-                )
-            samples += map(Sample, inside)
+            # Not what is hidden, such as a Mac's ._ files: * stands for no dot at the beginning
+            names = glob("**/*", root_dir=path, recursive=True)
+            files = {path / name for name in names if os.path.isfile(path / name)}
+            images = {file for file in files if kinds.get(file.suffix.lower()) in Image.OPEN}
+            samples += map(Sample, sorted(images))
+            if others := sorted(files - images):
+                such = ", ".join(file.name for file in others[:3])
+                print(f"{path}: {len(others):,} files are no images, such as {such}")
         elif path.suffix.lower() == ".csv":
             samples += list_csv(path)
         else:
@@ -220,7 +211,7 @@ def pick_test_rows():
 
 def show(sample, reading):
     """Print one reading and, if it is doubtful, what its most doubtful character could be."""
-    print(f"Image: {sample.path.as_posix()}")
+    print(f"Image: {sample.image_path.as_posix()}")
     if sample.label:
         print(f"Ground Truth: {sample.label}")
     sure = reading.confidence >= MIN_CONFIDENCE
@@ -251,19 +242,19 @@ def read_all(samples, model):
         try:
             return know(sample.allowed, sample.lexicon)
         except InputError as error:
-            row = f"{sample.path}: " if sample.allowed or sample.lexicon else ""
+            row = f"{sample.image_path}: " if sample.allowed or sample.lexicon else ""
             raise InputError(f"{row}{error}") from None
 
     known, rows = list(map(know_of, samples)), []
     target = whole_file(PREDICTIONS_JSONL) if PREDICTIONS_JSONL else nullcontext(os.devnull)
     with target as temporary, open(temporary, "w", encoding="utf-8", newline="\n") as lines:
-        readings = read_each([sample.path for sample in samples], model, known)
+        readings = read_each([sample.image_path for sample in samples], model, known)
         for sample, reading in zip(samples, readings):
             if reading is None:
                 continue
             with suppress(BrokenPipeError):  # as head leaves it: what is read is still written
                 show(sample, reading)
-            names = [sample.path.as_posix(), sample.label, sample.source]
+            names = [sample.image_path.as_posix(), sample.label, sample.source]
             row = [*names, reading.text, reading.confidence, reading.unrestricted or ""]
             if PREDICTIONS_JSONL:
                 characters = [c._asdict() for c in reading.characters]
