@@ -294,9 +294,11 @@ def write_page(name, template, content):
     return path
 
 
-def to_url(data, kind):
-    """The bytes of an image as a data URL, for a page that needs no other file."""
-    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
+def to_url(image, kind, **options):
+    """A PIL image as a data URL, for a page that needs no other file."""
+    memory = io.BytesIO()
+    image.save(memory, kind, **options)
+    return f"data:image/{kind};base64,{base64.b64encode(memory.getvalue()).decode()}"
 
 
 def numbered(name):
@@ -311,9 +313,7 @@ def thumbnail(path):
     with Image.open(path) as image:
         grey = crnn.to_grey(ImageOps.exif_transpose(image))
     grey.thumbnail((1400, 64))  # pixels: sharp at the page's 3.5em, and 3 kB
-    memory = io.BytesIO()
-    grey.save(memory, "JPEG", quality=75)
-    return to_url(memory.getvalue(), "jpeg")
+    return to_url(grey, "jpeg", quality=75)
 
 
 def write_check(rows):
@@ -361,32 +361,8 @@ def summarize(rows):
     }
 
 
-def plot_confidence(rows):
-    """A png: what checking by hand buys, and whether confidence is the share that is right."""
-    from matplotlib.figure import Figure  # not pyplot, which may open a window
-
-    figure = Figure(figsize=(11, 4), layout="constrained")
-    curve, reliability = figure.subplots(1, 2)
-    ordered = rows.assign(right=rows.label == rows.prediction)
-    ordered = ordered.sort_values("confidence", ascending=False, ignore_index=True)
-    accepted = 100 * (ordered.index + 1) / len(rows)
-    wrong = 100 * (~ordered.right).cumsum() / (ordered.index + 1)
-    curve.plot(accepted, wrong)
-    sure = 100 * (rows.confidence >= MIN_CONFIDENCE).mean()
-    curve.axvline(sure, color="grey", linewidth=1, label=f"MIN_CONFIDENCE = {MIN_CONFIDENCE}")
-    curve.legend()
-    curve.set(xlabel="accepted, the surest first, %", ylabel="wrong, %", title="reject curve")
-    groups = ordered.groupby((ordered.confidence * 10).clip(upper=9).astype(int))
-    reliability.plot([0, 1], [0, 1], color="grey", linewidth=1)
-    reliability.plot(groups.confidence.mean(), groups.right.mean(), marker="o")
-    reliability.set(xlabel="confidence", ylabel="share that is right", title="reliability")
-    memory = io.BytesIO()
-    figure.savefig(memory, format="png", dpi=80)
-    return memory.getvalue()
-
-
 def surest_errors(rows, path, most=60):
-    """A contact sheet of the surest wrong predictions, saved to path. Returns its png."""
+    """A contact sheet, a PIL image, of the surest wrong predictions; it is saved to path, too."""
     wrong = rows[rows.label != rows.prediction].sort_values("confidence", ascending=False)
     cells = []
     for row in wrong.head(most).itertuples():
@@ -394,7 +370,7 @@ def surest_errors(rows, path, most=60):
         read = f"{row.prediction}   ({row.confidence:.2f})"
         cells.append((image, [(read, "#c00000"), (row.label, "#007020")]))
     crnn.contact_sheet(path, cells, columns=4)
-    return path.read_bytes()
+    return Image.open(path)
 
 
 def write_report(rows):
@@ -404,17 +380,17 @@ def write_report(rows):
     errors = [edit for pair in zip(rows.label, rows.prediction) for edit in edits(*pair)]
     errors = pd.DataFrame(errors, columns=["label", "read"])
     errors = errors.replace({"": "(nothing)", " ": "(space)"}).value_counts().head(25)
+    tenths = [min(int(confidence * 10), 9) for confidence in rows.confidence]
+    bands = rows.assign(band=[f"{tenth / 10} to {(tenth + 1) / 10}" for tenth in tenths])
     sheet = surest_errors(rows, Path(REPORT_DIR) / "surest_errors.png")
     percent = dict.fromkeys(["share", "exact", "±", "CER"], "{:.1%}".format)
-    looks = dict(formatters=percent, border=0, index_names=False)
-    table = partial(pd.DataFrame.to_html, **looks)
-    image = '<img alt="" src="{}">'.format
+    table = partial(pd.DataFrame.to_html, formatters=percent, border=0, index_names=False)
     sections = {
         "All": table(pd.Series(summarize(rows), name="share").to_frame()),
         "By source": table(crnn.score_table(rows)),
+        "By confidence": table(crnn.score_table(bands, "band")),
         "The most frequent errors": table(errors.reset_index(name="times"), index=False),
-        "What confidence is worth": image(to_url(plot_confidence(rows), "png")),
-        "The surest errors, read in red": image(to_url(sheet, "png")),
+        "The surest errors, read in red": f'<img alt="" src="{to_url(sheet, "png")}">',
     }
     content = f"<h1>{len(rows):,} labelled images read with {html.escape(str(model_path()))}</h1>\n"
     content += "\n".join(f"<h2>{name}</h2>\n<div>{part}</div>" for name, part in sections.items())
