@@ -122,9 +122,8 @@ class Charset:
 
     def encode(self, label):
         """The classes of a label, ints from 1. InputError names a character it does not hold."""
-        unknown = self.unknown(label)
-        if unknown:
-            raise InputError(f"label {label!r} holds {describe(unknown[0])}, not in the charset")
+        if unknown := self.unknown(label):
+            raise InputError(f"label {label!r} holds {unknown[0]}, not in the charset")
         return [self.index[c] for c in label]
 
     def decode(self, classes):
@@ -134,8 +133,8 @@ class Charset:
         return "".join(self.characters[i - 1] for i in classes)
 
     def unknown(self, label):
-        """The characters of a label that the charset does not hold, in their order."""
-        return [c for c in label if c not in self.index]
+        """The characters of a label that the charset does not hold, in their order, described."""
+        return [describe(c) for c in label if c not in self.index]
 
 
 def describe(character):
@@ -174,8 +173,7 @@ def load_image(source, turns=0):
     except FileNotFoundError:
         raise InputError(f"{name}: no such file or folder") from None
     except UnidentifiedImageError:
-        reason = "not an image that Pillow reads; of a PDF, save each line as PNG"
-        raise InputError(f"{name}: {reason}") from None
+        raise InputError(f"{name}: not an image that Pillow reads; save a PDF as PNGs") from None
     except Exception as error:  # of a damaged file Pillow raises nearly any, also a SyntaxError
         raise InputError(f"{name}: cannot be read ({error})") from None
     return torch.from_numpy(pixels)  # (HEIGHT, W)
@@ -577,9 +575,8 @@ def know(charset, allowed=None, lexicon=None):
     them out. InputError: nothing is left, or no such character or file.
     """
     allowed = normalize("NFC", "".join(map(str, "" if allowed is None else allowed)))
-    if charset.unknown(allowed):
-        character = describe(charset.unknown(allowed)[0])
-        raise InputError(f"ALLOWED has {character}, which the model does not know: take it out")
+    if unknown := charset.unknown(allowed):
+        raise InputError(f"ALLOWED has {unknown[0]}, which the model does not know: take it out")
     taken_for = None
     if allowed:
         kept, nothing = {c: charset.index[c] for c in allowed}, charset.num_classes
@@ -988,8 +985,8 @@ def calibration_error(confidences, correct, bins=15):
     """Expected calibration error (Guo et al. 2017): the gap of confidence and share of right."""
     confidences, correct = np.array(confidences), np.array(correct, dtype=float)
     places = np.minimum((confidences * bins).astype(int), bins - 1)
-    gaps = [abs((confidences - correct)[places == i].sum()) for i in range(bins)]
-    return float(sum(gaps) / max(1, len(correct)))
+    gaps = np.bincount(places, confidences - correct)
+    return float(np.abs(gaps).sum() / max(1, len(correct)))
 
 
 def contact_sheet(path, cells, columns, width=230):

@@ -103,9 +103,8 @@ def reason_to_skip(label, image, reason, charset):
         return "empty label", ""
     if not label.isprintable():
         return "line break or control character in the label", repr(label)
-    if charset.unknown(label):
-        rare = f"character in fewer than MIN_CHARACTER_ROWS = {MIN_CHARACTER_ROWS} training labels"
-        return rare, crnn.describe(charset.unknown(label)[0])
+    if unknown := charset.unknown(label):
+        return "character in fewer training labels than MIN_CHARACTER_ROWS", unknown[0]
     if image is None:
         return "missing or unreadable image", reason
     needed, frames = crnn.frames_needed(label), crnn.num_frames(image.shape[1])
@@ -373,8 +372,8 @@ def make_model(charset):
             new[BLANK] = old[BLANK]  # (C,) or (C, D), of both charsets
             for c in filter(known.get, charset.characters):
                 new[charset.index[c]] = old[known[c]]
-    new = [crnn.describe(c) for c in charset.characters if c not in known]
-    print(f"starting from {INIT_WEIGHTS}; characters new to it: {' '.join(new) or 'none'}")
+    new = " ".join(start.charset.unknown(charset.characters)) or "none"
+    print(f"starting from {INIT_WEIGHTS}; characters new to it: {new}")
     return model
 
 
