@@ -294,13 +294,6 @@ def write_page(name, template, content):
     return path
 
 
-def to_url(image, kind, **options):
-    """A PIL image as a data URL, for a page that needs no other file."""
-    memory = io.BytesIO()
-    image.save(memory, kind, **options)
-    return f"data:image/{kind};base64,{base64.b64encode(memory.getvalue()).decode()}"
-
-
 def numbered(name):
     """Yield labels.csv, labels_2.csv, labels_3.csv, ... for labels.csv."""
     stem, suffix = os.path.splitext(name)
@@ -309,11 +302,13 @@ def numbered(name):
 
 
 def thumbnail(path):
-    """A small picture of an image, grey as the network sees it, as a data URL."""
+    """A small picture of an image, grey, as a data URL: its page needs no other file."""
     with Image.open(path) as image:
         grey = crnn.to_grey(ImageOps.exif_transpose(image))
     grey.thumbnail((1400, 64))  # pixels: sharp at the page's 3.5em, and 3 kB
-    return to_url(grey, "jpeg", quality=75)
+    memory = io.BytesIO()
+    grey.save(memory, "JPEG", quality=75)
+    return f"data:image/jpeg;base64,{base64.b64encode(memory.getvalue()).decode()}"
 
 
 def write_check(rows):
@@ -333,9 +328,8 @@ def write_check(rows):
     images = thread_map(thumbnail, rows.image_path, max_workers=NUM_THREADS, **bar)
     paths = [Path(os.path.relpath(path, folder)).as_posix() for path in rows.image_path]
     rows = rows.assign(path=paths, text=rows.prediction, image=images).round({"confidence": 2})
-    job = dict(folder=folder.as_posix(), file=file)
-    columns = ["path", "text", "confidence", "unrestricted", "others", "image"]
-    job["rows"] = rows[columns].to_dict("records")
+    rows = rows[["path", "text", "confidence", "unrestricted", "others", "image"]]
+    job = dict(folder=folder.as_posix(), file=file, rows=rows.to_dict("records"))
     content = json.dumps(job, ensure_ascii=False).replace("<", "\\u003c")  # no tag ends the script
     return write_page("check.html", "check.html", content)
 
@@ -351,26 +345,22 @@ def edits(label, prediction):
 
 def summarize(rows):
     """How well all rows are read: a dict of shares, from 0 to 1."""
-    label, prediction = rows.label, rows.prediction
-    distances = map(Levenshtein.distance, label, prediction)
+    total = crnn.score_table(rows).iloc[-1]
     return {
-        "exact match": (label == prediction).mean(),
-        "exact match, any case": (label.str.lower() == prediction.str.lower()).mean(),
-        "character error rate": sum(distances) / label.str.len().sum(),
-        "calibration error": crnn.calibration_error(rows.confidence, label == prediction),
+        "exact match": total.exact,
+        "exact match, any case": (rows.label.str.lower() == rows.prediction.str.lower()).mean(),
+        "character error rate": total.CER,
+        "calibration error": crnn.calibration_error(rows.confidence, rows.label == rows.prediction),
     }
 
 
-def surest_errors(rows, path, most=60):
-    """A contact sheet, a PIL image, of the surest wrong predictions; it is saved to path, too."""
-    wrong = rows[rows.label != rows.prediction].sort_values("confidence", ascending=False)
-    cells = []
-    for row in wrong.head(most).itertuples():
-        image = Image.fromarray(crnn.load_image(row.image_path).numpy())
-        read = f"{row.prediction}   ({row.confidence:.2f})"
-        cells.append((image, [(read, "#c00000"), (row.label, "#007020")]))
-    crnn.contact_sheet(path, cells, columns=4)
-    return Image.open(path)
+def show_surest_errors(rows, most=60):
+    """The surest wrong predictions, with their images, as HTML."""
+    items = []
+    for row in rows[rows.label != rows.prediction].nlargest(most, "confidence").itertuples():
+        text = html.escape(f"{row.label} read as {row.prediction} ({row.confidence:.2f})")
+        items.append(f'<p><img alt="" src="{thumbnail(row.image_path)}"> {text}</p>')
+    return "\n".join(items)
 
 
 def write_report(rows):
@@ -382,7 +372,6 @@ def write_report(rows):
     errors = errors.replace({"": "(nothing)", " ": "(space)"}).value_counts().head(25)
     tenths = [min(int(confidence * 10), 9) for confidence in rows.confidence]
     bands = rows.assign(band=[f"{tenth / 10} to {(tenth + 1) / 10}" for tenth in tenths])
-    sheet = surest_errors(rows, Path(REPORT_DIR) / "surest_errors.png")
     percent = dict.fromkeys(["share", "exact", "±", "CER"], "{:.1%}".format)
     table = partial(pd.DataFrame.to_html, formatters=percent, border=0, index_names=False)
     sections = {
@@ -390,7 +379,7 @@ def write_report(rows):
         "By source": table(crnn.score_table(rows)),
         "By confidence": table(crnn.score_table(bands, "band")),
         "The most frequent errors": table(errors.reset_index(name="times"), index=False),
-        "The surest errors, read in red": f'<img alt="" src="{to_url(sheet, "png")}">',
+        "The surest errors": show_surest_errors(rows),
     }
     content = f"<h1>{len(rows):,} labelled images read with {html.escape(str(model_path()))}</h1>\n"
     content += "\n".join(f"<h2>{name}</h2>\n<div>{part}</div>" for name, part in sections.items())
