@@ -144,18 +144,12 @@ def read_each(images, model, known):
             if reason:
                 print(f"skipped: {reason}", file=sys.stderr, flush=True)
             elif image.shape[1] < crnn.HEIGHT / 2 and readings[i].confidence < crnn.SECOND_LOOK:
-                readings[i] = read_turned(model, chunk[i], readings[i], limits[i])
+                # Turned to either side, three characters at least: a lone I would be a dash
+                turned = [crnn.load_image(chunk[i], turns) for turns in (1, 3)]
+                others = crnn.read_images(model, turned, 1, [limits[i]] * 2)
+                longer = [reading for reading in others if len(reading.text) > 2]
+                readings[i] = max([readings[i], *longer], key=lambda reading: reading.confidence)
             yield readings.get(i)
-
-
-def read_turned(model, source, reading, known):
-    """The surest of a doubtful Reading and those of its image, turned to either side.
-
-    These have three characters at least: a lone I would be a dash.
-    """
-    turned = [crnn.load_image(source, turns) for turns in (1, 3)]
-    longer = [r for r in crnn.read_images(model, turned, 1, [known] * 2) if len(r.text) > 2]
-    return max([reading, *longer], key=lambda reading: reading.confidence)
 
 
 # ---- Samples, and what is read in them
