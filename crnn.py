@@ -216,11 +216,9 @@ def open_image(source):
 
 def check_size(image):
     """Refuse what is no line, before its pixels are decoded and take memory."""
-    size = "{} x {} pixels".format(*image.size)
-    if 0 in image.size:
-        raise ValueError(f"{size}: empty")
     # The longer side either way: an image turned by its EXIF tag is tall until it is turned.
     if max(image.size) > MAX_ASPECT * min(image.size):
+        size = "{} x {} pixels".format(*image.size)
         raise ValueError(f"{size}: too wide for a line of text, cut it into pieces")
 
 
@@ -452,6 +450,8 @@ def folded(model):
 def compute_dtype(device_type, precision=None):
     """The dtype of that name; None: bfloat16 where the hardware computes in it, else the best."""
     if precision:
+        if precision not in ("bfloat16", "float16", "float32"):
+            raise InputError(f"PRECISION = {precision!r}: set bfloat16, float16, float32 or None")
         return getattr(torch, precision)
     if device_type == "cuda":
         return torch.bfloat16 if torch.cuda.get_device_capability() >= (8, 0) else torch.float16

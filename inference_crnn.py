@@ -135,11 +135,12 @@ def read_each(images, model, known):
     """Yield what recognize returns. Holds CHUNK images at a time, however many there are."""
     for start in range(0, len(images), CHUNK):
         chunk, limits = images[start : start + CHUNK], known[start : start + CHUNK]
-        with ThreadPoolExecutor(NUM_THREADS) as threads:  # Pillow works outside of Python's lock
+        # Pillow works outside of Python's lock
+        with ThreadPoolExecutor(max(1, NUM_THREADS)) as threads:
             loaded = list(threads.map(crnn.try_load, chunk))
         there = [i for i, (image, _) in enumerate(loaded) if image is not None]
         pixels, kinds = [loaded[i][0] for i in there], [limits[i] for i in there]
-        readings = dict(zip(there, crnn.read_images(model, pixels, BATCH_SIZE, kinds)))
+        readings = dict(zip(there, crnn.read_images(model, pixels, max(1, BATCH_SIZE), kinds)))
         for i, (image, reason) in enumerate(loaded):
             if reason:
                 print(f"skipped: {reason}", file=sys.stderr, flush=True)
@@ -200,7 +201,7 @@ def pick_test_rows():
     rows = [sample for sample in list_csv(DATA_CSV) if sample.split == "test"]
     if not rows:
         raise InputError(f"{DATA_CSV} has no test rows: name images, python inference_crnn.py PATH")
-    return rows[:: math.ceil(len(rows) / NUM_SAMPLES)]
+    return rows[:: math.ceil(len(rows) / max(1, NUM_SAMPLES))]
 
 
 def show(sample, reading):
@@ -232,14 +233,12 @@ def read_all(samples, model):
     def know(allowed, lexicon):
         return crnn.know(model.charset, allowed or ALLOWED, lexicon or LEXICON)
 
-    def know_of(sample):
+    known, rows = [], []
+    for sample in samples:
         try:
-            return know(sample.allowed, sample.lexicon)
+            known.append(know(sample.allowed, sample.lexicon))
         except InputError as error:
-            row = f"{sample.image_path}: " if sample.allowed or sample.lexicon else ""
-            raise InputError(f"{row}{error}") from None
-
-    known, rows = list(map(know_of, samples)), []
+            raise InputError(f"{sample.image_path}: {error}") from None
     target = whole_file(PREDICTIONS_JSONL) if PREDICTIONS_JSONL else nullcontext(os.devnull)
     with target as temporary, open(temporary, "w", encoding="utf-8", newline="\n") as lines:
         readings = read_each([sample.image_path for sample in samples], model, known)
@@ -313,13 +312,10 @@ def write_check(rows):
     rows = rows.drop_duplicates("image_path").sort_values("confidence", kind="stable")
     rows = rows[:CHECKED_AT_ONCE]
     folders = [os.path.dirname(os.path.abspath(path)) for path in rows.image_path]
-    try:
-        folder = Path(os.path.commonpath(folders))
-    except ValueError:
-        raise InputError("images on two drives: read each alone or set REPORT_DIR = None") from None
+    folder = Path(os.path.commonpath(folders))
     file = next(file for file in numbered("labels.csv") if not (folder / file).exists())
     bar = dict(desc="check.html", unit="img", disable=None)
-    images = thread_map(thumbnail, rows.image_path, max_workers=NUM_THREADS, **bar)
+    images = thread_map(thumbnail, rows.image_path, max_workers=max(1, NUM_THREADS), **bar)
     paths = [Path(os.path.relpath(path, folder)).as_posix() for path in rows.image_path]
     rows = rows.assign(path=paths, text=rows.prediction, image=images).round({"confidence": 2})
     rows = rows[["path", "text", "confidence", "unrestricted", "others", "image"]]

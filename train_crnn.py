@@ -120,7 +120,7 @@ def load_rows(rows, charset):
     """
     paths = crnn.image_paths(rows, DATA_CSV)
     bar = dict(desc="reading images", unit="img", disable=rank() > 0 or None)
-    loaded = thread_map(crnn.try_load, paths, max_workers=NUM_THREADS, **bar)
+    loaded = thread_map(crnn.try_load, paths, max_workers=max(1, NUM_THREADS), **bar)
     reasons = [reason_to_skip(label, *seen, charset) for label, seen in zip(rows.label, loaded)]
     rows = rows.assign(image=[image for image, _ in loaded])
     rows["reason"], rows["particulars"] = zip(*reasons)
@@ -590,7 +590,7 @@ def end_epoch(state, net, parts, losses, started, val, rows, epochs):
 
 def start_processes():
     """Join the other processes, if any. Returns the device of this one."""
-    if BATCH_SIZE % world_size():
+    if BATCH_SIZE < 1 or BATCH_SIZE % world_size():
         raise InputError(f"BATCH_SIZE = {BATCH_SIZE}: set a multiple of {world_size()} processes")
     device = torch.device(DEVICE)
     if world_size() > 1 and device.type == "cuda":
