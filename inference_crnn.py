@@ -288,10 +288,9 @@ def write_page(name, template, content):
 
 
 def numbered(name):
-    """Yield labels.csv, labels_2.csv, labels_3.csv, ... for labels.csv."""
+    """The names labels.csv, labels_2.csv, labels_3.csv, ... for labels.csv, without end."""
     stem, suffix = os.path.splitext(name)
-    yield name
-    yield from (f"{stem}_{i}{suffix}" for i in itertools.count(2))
+    return (name if i == 1 else f"{stem}_{i}{suffix}" for i in itertools.count(1))
 
 
 def thumbnail(path):
@@ -309,8 +308,7 @@ def write_check(rows):
 
     It saves them as labels.csv, or under another name that is free, for the folder of the images.
     """
-    rows = rows.drop_duplicates("image_path").sort_values("confidence", kind="stable")
-    rows = rows[:CHECKED_AT_ONCE]
+    rows = rows.sort_values("confidence", kind="stable")[:CHECKED_AT_ONCE]
     folders = [os.path.dirname(os.path.abspath(path)) for path in rows.image_path]
     folder = Path(os.path.commonpath(folders))
     file = next(file for file in numbered("labels.csv") if not (folder / file).exists())
@@ -392,7 +390,7 @@ def main(arguments=()):
     samples = list_samples(arguments) if arguments else pick_test_rows()
     rows = read_all(samples, model)
     path = write_predictions(rows, former)
-    labelled, bare = rows[rows.label != ""], rows[rows.label == ""]
+    labelled, bare = rows[rows.label != ""], rows[rows.label == ""].drop_duplicates("image_path")
     if len(labelled):
         labelled = labelled.assign(source=labelled.source.replace("", "unnamed"))
         print(f"{crnn.format_score_table(crnn.score_table(labelled))}\n")
