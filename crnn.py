@@ -33,7 +33,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFilter, ImageFont, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageFilter, ImageOps, UnidentifiedImageError
 from rapidfuzz import process
 from rapidfuzz.distance import Levenshtein
 from torch import nn
@@ -952,7 +952,7 @@ def add_split(rows):
     return rows
 
 
-# ---- Scoring and looking
+# ---- Scoring
 def score_table(rows, by="source"):
     """Score the predictions of a DataFrame with columns label and prediction by another column.
 
@@ -987,25 +987,3 @@ def calibration_error(confidences, correct, bins=15):
     places = np.minimum((confidences * bins).astype(int), bins - 1)
     gaps = np.bincount(places, confidences - correct)
     return float(np.abs(gaps).sum() / max(1, len(correct)))
-
-
-def contact_sheet(path, cells, columns, width=230):
-    """Save a sheet of cells to look at: (path, PIL image or None; captions, two (text, colour))."""
-    margin, tall, line = 6, 40, 17  # pixels: around a cell, height of an image, of a caption
-    height = tall + 2 * line + margin
-    ours = Path(__file__).parent / "myFonts" / "DejaVuSans.ttf"  # it has every sign of the charset
-    font = ImageFont.truetype(str(ours), 13) if ours.exists() else ImageFont.load_default(13)
-    rows = max(1, math.ceil(len(cells) / columns))
-    sheet = Image.new("RGB", (columns * width, rows * height), "white")
-    draw = ImageDraw.Draw(sheet)
-    for i, (image, captions) in enumerate(cells):
-        x, y = i % columns * width + margin, i // columns * height + margin
-        if image:
-            with open_image(image) as opened:
-                image = ImageOps.contain(opened.convert("RGB"), (width - 2 * margin, tall - 2))
-            draw.rectangle((x - 1, y - 1, x + image.width, y + image.height), outline="#bbbbbb")
-            sheet.paste(image, (x, y))
-        for number, (text, colour) in enumerate(captions):
-            draw.text((x, y + tall + number * line), text, font=font, fill=colour)
-    with whole_file(path) as temporary:
-        sheet.save(temporary, format="PNG", optimize=True)

@@ -32,7 +32,7 @@ from unicodedata import normalize
 import cv2
 import numpy as np
 import pandas as pd
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from tqdm.contrib.concurrent import process_map
 
 import crnn
@@ -1555,6 +1555,28 @@ def custom_rows():
     return pd.concat(parts, ignore_index=True)
 
 
+def contact_sheet(path, cells, columns, width=230):
+    """Save a sheet of cells to look at: (path, PIL image or None; captions, two (text, colour))."""
+    margin, tall, line = 6, 40, 17  # pixels: around a cell, height of an image, of a caption
+    height = tall + 2 * line + margin
+    ours = OURS / "DejaVuSans.ttf"  # it has every sign of the charset
+    font = ImageFont.truetype(str(ours), 13) if ours.exists() else ImageFont.load_default(13)
+    rows = max(1, math.ceil(len(cells) / columns))
+    sheet = Image.new("RGB", (columns * width, rows * height), "white")
+    draw = ImageDraw.Draw(sheet)
+    for i, (image, captions) in enumerate(cells):
+        x, y = i % columns * width + margin, i // columns * height + margin
+        if image:
+            with crnn.open_image(image) as opened:
+                image = ImageOps.contain(opened.convert("RGB"), (width - 2 * margin, tall - 2))
+            draw.rectangle((x - 1, y - 1, x + image.width, y + image.height), outline="#bbbbbb")
+            sheet.paste(image, (x, y))
+        for number, (text, colour) in enumerate(captions):
+            draw.text((x, y + tall + number * line), text, font=font, fill=colour)
+    with whole_file(path) as temporary:
+        sheet.save(temporary, format="PNG", optimize=True)
+
+
 def draw_preview(rows):
     """preview.png: of every style of every source, four training and three test images."""
     cells, datasets = [], Path(DATASETS_DIR)
@@ -1565,7 +1587,7 @@ def draw_preview(rows):
             captions = [(row.label, "#666666"), (row.split, "#aaaaaa")]
             cells.append((datasets / row.image_path, captions))
         cells += [(None, [])] * (7 - len(shown))
-    crnn.contact_sheet(datasets / "preview.png", cells, columns=8)
+    contact_sheet(datasets / "preview.png", cells, columns=8)
 
 
 def report(rows):

@@ -396,7 +396,7 @@ def picture():
     for path, label, reading in zip(rows.image_path, rows.label, readings):
         colour = "#007020" if reading.text == label else "#c00000"
         cells.append((path, [(reading.text, colour)]))
-    crnn.contact_sheet(ROOT / ".github" / "reads.png", cells, columns=4)
+    prepare_ocr_dataset.contact_sheet(ROOT / ".github" / "reads.png", cells, columns=4)
     cells = []
     for source, number in dict(trdg_custom=8, handwriting=5, synthetic_math=3).items():
         drawn = (prepare_ocr_dataset.sample(source, i) for i in range(60, 200))
@@ -404,7 +404,7 @@ def picture():
         for image, label, _, style in itertools.islice(styled, number):
             captions = [(label, "black"), (f"{source}, {style}", "#777777")]
             cells.append((Image.fromarray(image), captions))
-    crnn.contact_sheet(ROOT / ".github" / "drawn.png", cells, columns=4)
+    prepare_ocr_dataset.contact_sheet(ROOT / ".github" / "drawn.png", cells, columns=4)
 
 
 def main(*wanted):

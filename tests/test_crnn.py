@@ -653,7 +653,7 @@ def test_a_label_is_in_one_split_unless_it_must_be_learned():
         assert few.groupby("label").split.nunique().min() == 3
 
 
-# ---- scores and contact sheets
+# ---- scores
 def test_scores_add_up_before_they_divide():
     rows = [("O", "0", "one"), ("b", "b", "one"), ("abcdefgh", "abXdefg", "two"), ("l", "I", "one")]
     table = crnn.score_table(pd.DataFrame(rows, columns=["label", "prediction", "source"]))
@@ -666,18 +666,3 @@ def test_scores_add_up_before_they_divide():
 
 def test_the_examples_of_the_docstrings_are_true():
     assert doctest.testmod(crnn).failed == 0 < doctest.testmod(crnn).attempted
-
-
-def test_a_contact_sheet_shows_images_and_captions(tmp_path):
-    image, path = Image.new("L", (30, 20), 0), tmp_path / "new folder" / "sheet.png"
-    image.save(tmp_path / "image.png")
-    cells = [(image, []), (tmp_path / "image.png", [("label", "#c00000")]), (None, [])]
-    crnn.contact_sheet(path, cells, columns=3)
-    pixels = np.asarray(Image.open(path)).astype(int)  # (H, W, 3), a row of 80 pixels
-    black, red = (pixels == 0).all(2), (pixels == (192, 0, 0)).all(2)  # both (H, W)
-    assert black[:, :230].sum() > 1000  # the image, as large as its place allows
-    assert black[:, 230:460].sum() > 1000  # and by its path
-    assert red[:, 230:460].any()  # a caption
-    assert (pixels[:, 460:] == 255).all()  # no cell, no ink
-    crnn.contact_sheet(path, [], columns=2)
-    assert np.array_equal(np.asarray(Image.open(path)), np.full((80, 460, 3), 255))

@@ -479,3 +479,18 @@ def test_one_line_says_what_to_do(prepare, few_fonts, changes, complaint):
     with pytest.raises((InputError, OSError), match=complaint) as stop:
         prepare.main()
     assert "\n" not in str(stop.value)
+
+
+def test_a_contact_sheet_shows_images_and_captions(tmp_path):
+    image, path = Image.new("L", (30, 20), 0), tmp_path / "new folder" / "sheet.png"
+    image.save(tmp_path / "image.png")
+    cells = [(image, []), (tmp_path / "image.png", [("label", "#c00000")]), (None, [])]
+    prepare_ocr_dataset.contact_sheet(path, cells, columns=3)
+    pixels = np.asarray(Image.open(path)).astype(int)  # (H, W, 3), a row of 80 pixels
+    black, red = (pixels == 0).all(2), (pixels == (192, 0, 0)).all(2)  # both (H, W)
+    assert black[:, :230].sum() > 1000  # the image, as large as its place allows
+    assert black[:, 230:460].sum() > 1000  # and by its path
+    assert red[:, 230:460].any()  # a caption
+    assert (pixels[:, 460:] == 255).all()  # no cell, no ink
+    prepare_ocr_dataset.contact_sheet(path, [], columns=2)
+    assert np.array_equal(np.asarray(Image.open(path)), np.full((80, 460, 3), 255))
