@@ -91,9 +91,7 @@ def read_rows(known):
     if not (rows.split == "train").any():
         raise InputError(f"{DATA_CSV} has no training labels, all fell to val or test: add splits")
     if not known and not new:
-        raise InputError(
-            f"{DATA_CSV} has no character in MIN_CHARACTER_ROWS of its training labels"
-        )
+        raise InputError(f"{DATA_CSV} has no character in MIN_CHARACTER_ROWS training labels")
     return rows, crnn.Charset(known + new)
 
 
@@ -519,15 +517,11 @@ def load_state(expected, parts):
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
         if saved["fingerprint"] != expected:
-            raise InputError(
-                f"RESUME: {path} has other data or constants: restore them or {remedy}"
-            )
+            raise InputError("other data or constants, restore them")
         for name, part in parts.items():
             part.load_state_dict(saved.pop(name))
-    except InputError:
-        raise
     except Exception as error:  # torch.load raises pickle, zip, key and runtime errors
-        reason = type(error).__name__
+        reason = error if isinstance(error, InputError) else type(error).__name__
         raise InputError(f"RESUME: {path} cannot be used ({reason}): {remedy}") from None
     print(f"resuming after epoch {saved['epoch']}")
     return saved
