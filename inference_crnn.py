@@ -310,7 +310,10 @@ def write_check(rows):
     """
     rows = rows.sort_values("confidence", kind="stable")[:CHECKED_AT_ONCE]
     folders = [os.path.dirname(os.path.abspath(path)) for path in rows.image_path]
-    folder = Path(os.path.commonpath(folders))
+    try:
+        folder = Path(os.path.commonpath(folders))
+    except ValueError:
+        raise InputError("images on two drives: read each alone or set REPORT_DIR = None") from None
     file = next(file for file in numbered("labels.csv") if not (folder / file).exists())
     bar = dict(desc="check.html", unit="img", disable=None)
     images = thread_map(thumbnail, rows.image_path, max_workers=max(1, NUM_THREADS), **bar)
