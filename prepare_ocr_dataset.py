@@ -442,37 +442,31 @@ def downloading(what, remedy):
 
 def emnist_is_there():
     """Whether the EMNIST files are there, if need be after a download."""
-    from torchvision import datasets
+    from torchvision.datasets import EMNIST as Data
 
-    folder = f"{DATASETS_DIR}/emnist"
     files = "emnist-byclass-{train,test}-{images-idx3,labels-idx1}-ubyte"
-    remedy = f"To use it, unpack {files} from {datasets.EMNIST.url} into {folder}/EMNIST/raw/"
+    remedy = f"To use it, unpack {files} from {Data.url} into {DATASETS_DIR}/emnist/EMNIST/raw/"
     with downloading("EMNIST", remedy):
-        for train in (True, False):
-            datasets.EMNIST(folder, split="byclass", train=train, download=True)
-        return True
+        return all(map(emnist, SPLITS))
     return False
 
 
 @cache
 def emnist(split):
-    """Upright EMNIST characters of a split, white on black, uint8 (n, 28, 28), and labels (n,)."""
-    from torchvision import datasets
+    """Upright EMNIST characters of a split, white on black, uint8 (n, 28, 28), and labels (n,).
 
-    data = datasets.EMNIST(f"{DATASETS_DIR}/emnist", split="byclass", train=split != "test")
+    And character -> its places among them.
+    """
+    from torchvision.datasets import EMNIST as Data
+
+    data = Data(f"{DATASETS_DIR}/emnist", "byclass", train=split != "test", download=True)
     images = data.data.numpy().transpose(0, 2, 1)  # stored transposed -> (n, rows, columns)
     labels = np.array(list(ALPHANUMERIC))[data.targets.numpy()]  # (n,)
     order = np.random.default_rng(SEED).permutation(len(images))
     if split != "test":  # of the train file, one in CYCLE is for validation
         order = order[(order % CYCLE == 0) == (split == "val")]
-    return np.ascontiguousarray(images[order]), labels[order]
-
-
-@cache
-def emnist_class(split, character):
-    """Images of a character (n, 28, 28)."""
-    images, labels = emnist(split)
-    return images[labels == character]
+    images, labels = np.ascontiguousarray(images[order]), labels[order]
+    return images, labels, {c: np.flatnonzero(labels == c) for c in ALPHANUMERIC}
 
 
 # ---- Pen strokes of UNIPEN's writers: downloaded and parsed once, then kept in one compact file
@@ -874,10 +868,8 @@ def join(canvas, start, end, hand):
 
 def take_from_emnist(c, hand):
     """As write_character(), without ends."""
-    images, place = emnist_class(hand.split, c), places()[c]
-    if not len(images):
-        return None
-    size, glyph = (place.least + place.most) / 2, choice(images)  # (28, 28)
+    (images, _, numbers), place = emnist(hand.split), places()[c]
+    size, glyph = (place.least + place.most) / 2, images[choice(numbers[c])]  # (28, 28)
     top, bottom, left, right = ink_box(glyph, 0.25)
     glyph = glyph[top : bottom + 1, left : right + 1]
     scale = hand.capital * size * gauss(1, hand.looseness) / len(glyph)
@@ -1382,7 +1374,7 @@ def sample(source, index):
     random.seed(f"{SEED} {source} {index}")  # a string's seed is the same on every platform
     row, split = SOURCES[source], {1: "val", 2: "test"}.get(index % CYCLE, "train")
     if row.pen is None:  # a character as EMNIST has it, none twice
-        images, labels = emnist(split)
+        images, labels, _ = emnist(split)
         place = index if split == "train" else index // CYCLE
         return 255 - images[place], str(labels[place]), split, "plain"
     for _ in range(TRIES):
