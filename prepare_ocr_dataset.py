@@ -491,19 +491,14 @@ def unipen_is_there():
     strokes = folder / "strokes.npz"
     if not strokes.exists():
         with downloading("UNIPEN", f"To use it, unpack {page} into {folder.as_posix()}/"):
-            root = find_unipen(folder) or download_unipen(folder)
-            parse_unipen(root, strokes)
+            if not any(folder.rglob("data/7")):  # anywhere below, as somebody has unpacked it
+                download_unipen(folder)
+            parse_unipen(min(folder.rglob("data/7")).parents[1], strokes)
     return strokes.exists()
 
 
-def find_unipen(folder):
-    """The folder that holds UNIPEN's data/ and include/, anywhere below this one, or None."""
-    found = (path.parent for path in sorted(folder.rglob("include")))
-    return next((path for path in found if (path / "data").is_dir()), None)
-
-
 def download_unipen(folder):
-    """Download the archives of Zenodo's record, unpack them below a folder, and find_unipen."""
+    """Download the archives of Zenodo's record, and unpack them below a folder."""
     from torchvision.datasets.utils import download_and_extract_archive as download
 
     files = pd.read_json(UNIPEN_RECORD, typ="series")["files"]
@@ -512,11 +507,10 @@ def download_unipen(folder):
         url, md5 = file["links"]["self"], file["checksum"].removeprefix("md5:")
         download(url, folder, unpacked, file["key"], md5, remove_finished=True)
     unpacked.rename(folder / "original")
-    return find_unipen(folder) or folder
 
 
 def parse_unipen(root, target):
-    """Parse the original files below root into one compact file, and say what was skipped."""
+    """Parse the files of root's data/ and include/ into one compact one; say what was skipped."""
     contributors = sorted({path.name for path in root.glob("data/*/*")} - MISCOUNTED)
     look = dict(desc="reading UNIPEN", chunksize=1, disable=None)  # None: no bar in a log file
     parts = process_map(partial(parse, root), contributors, max_workers=NUM_WORKERS, **look)
@@ -634,8 +628,10 @@ def choose(samples, skipped):
             skipped["more of the same"] += 1
         elif not believable(strokes, label):
             skipped["unlike their label"] += 1
-        else:
-            yield sample._replace(strokes=simplify(strokes))
+        else:  # as few whole points, from (0, 0) on
+            low = np.concatenate(strokes).min(0)
+            lines = [cv2.approxPolyDP((s - low)[:, None], TOLERANCE, False) for s in strokes]
+            yield sample._replace(strokes=[np.int32(np.round(line[:, 0])) for line in lines])
 
 
 def believable(strokes, label):
@@ -655,13 +651,6 @@ def believable(strokes, label):
     spaces = label.count(" ")
     apart = len(gaps) >= spaces and all(12 < gap < 260 for gap in gaps[:spaces])
     return apart and (not gaps[spaces:] or gaps[spaces] < 110)
-
-
-def simplify(strokes):
-    """Strokes (points, 2) as few whole points, from (0, 0) on, int32."""
-    low = np.concatenate(strokes).min(0)
-    lines = [cv2.approxPolyDP((s - low)[:, None], TOLERANCE, False)[:, 0] for s in strokes]
-    return [np.round(line).astype(np.int32) for line in lines]
 
 
 @cache
