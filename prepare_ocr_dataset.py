@@ -160,7 +160,7 @@ def accented(word):
 
 
 def random_string(characters, shortest, longest):
-    return "".join(random.choices(characters, k=randint(shortest, longest))) if characters else ""
+    return "".join(random.choices(characters, k=randint(shortest, longest)))
 
 
 # ---- Texts, by the grammar of TEXTS_FILE, which explains itself
@@ -178,8 +178,9 @@ RANDOM = {  # kinds of text besides the grammar's, each of a split
     "written": lambda split: choice(people(split).labels),
     "group": lambda split: random_string(choice(GROUPS), 1, 5),
     "mixed": lambda split: random_string(ALPHANUMERIC, 2, 7),
-    "string": lambda split: random_string([c for c in CHARSET if c not in MATH_SIGNS + " "], 1, 12),
-    "single": lambda split: single_character(),
+    # No sign of mathematics: nobody tells a lone × from x
+    "any": lambda split: choice([c for c in CHARSET if c not in MATH_SIGNS + " "] or [""]),
+    "string": lambda split: "".join(expand("any", split) for _ in range(randint(1, 12))),
     "look_alikes": lambda split: random_string(choice([*read_grammar()["alike"], DIGITS]), 2, 6),
 }
 STANDING_ALONE = {"code", "string", "mixed", "single", "look_alikes"}  # no word tells O from 0
@@ -208,15 +209,6 @@ def expand(kind, split):
         return RANDOM[kind](split)
     template = choice(read_grammar()[kind])
     return re.sub(r"{(\w+)}|#", lambda m: expand(m[1], split) if m[1] else choice(DIGITS), template)
-
-
-def single_character():
-    """A letter, digit or sign of CHARSET; none of mathematics: nobody tells a lone × from x."""
-    known = [c for c in CHARSET if c not in MATH_SIGNS + " "]
-    letters, digits = [c for c in known if c.isalpha()], [c for c in known if c.isdigit()]
-    others = [c for c in known if not c.isalnum()]
-    groups = [group for group in [letters] * 6 + [digits] * 2 + [others] * 3 if group]
-    return choice(choice(groups)) if groups else ""
 
 
 def pick_text(texts, split):
@@ -1571,14 +1563,6 @@ def draw_preview(rows):
     contact_sheet(datasets / "preview.png", cells, columns=8)
 
 
-def report(rows):
-    """Print how many rows there are, and the characters that the training labels hardly have."""
-    print(f"\n{rows.groupby(['source', 'split'], sort=False).size().unstack(fill_value=0)}")
-    counts = Counter("".join(rows.label[rows.split == "train"]))
-    rare = " ".join(f"{c} {counts[c]}" for c in CHARSET if counts[c] < 50)
-    print(f"characters that occur fewer than 50 times, too rarely to be learned: {rare or 'none'}")
-
-
 def main():
     """Draw every source, then write data.csv and preview.png."""
     started, datasets = time.perf_counter(), Path(DATASETS_DIR)
@@ -1592,7 +1576,10 @@ def main():
     draw_preview(drawn)
     rows = pd.concat([drawn, custom_rows()], ignore_index=True)
     crnn.write_labels(rows, datasets / "data.csv")
-    report(rows)
+    print(f"\n{rows.groupby(['source', 'split'], sort=False).size().unstack(fill_value=0)}")
+    counts = Counter("".join(rows.label[rows.split == "train"]))
+    rare = " ".join(f"{c} {counts[c]}" for c in CHARSET if counts[c] < 50)
+    print(f"characters that occur fewer than 50 times, too rarely to be learned: {rare or 'none'}")
     seconds, place = time.perf_counter() - started, datasets.as_posix()
     print(f"\n{len(rows):,} images ({new:,} new) in {seconds:.0f} s. Labels and preview:")
     print(f"{place}/data.csv, {place}/preview.png")
