@@ -685,8 +685,9 @@ def strokes_of(number):
     return np.split(places, np.cumsum(samples.strokes[number])[:-1])
 
 
-# Signs that UNIPEN lacks, put together of what their writer has: for each part, which characters it
-# may be, and its left, top, width and height in heights of the sign; height 0: as flat as it comes
+# Signs that UNIPEN lacks, put together of what their writer has, and an x as many write it who join
+# letters: for each part, which characters it may be, and its left, top, width (below 0: mirrored)
+# and height in heights of the sign; height 0: as flat as it comes
 SIGNS = {
     "≠": [("=", 0, 0.32, 0.85, 0.35), ("/", 0.25, 0, 0.45, 1)],
     "±": [("+", 0, 0, 0.8, 0.7), ("-_", 0, 0.95, 0.8, 0)],
@@ -694,6 +695,7 @@ SIGNS = {
     "≥": [(">", 0, 0, 0.8, 0.65), ("-_", 0, 0.85, 0.8, 0)],
     "÷": [("-", 0, 0.5, 1, 0), (".", 0.46, 0.15, 0.08, 0.08), (".", 0.46, 0.8, 0.08, 0.08)],
     "×": [("x+", 0, 0, 0.9, 0.9)],
+    "x": [("c", 0.4, 0, -0.4, 0.55), ("c", 0.4, 0, 0.4, 0.55)],
     "√": [("V", 0, 0, 0.45, 1), ("-_", 0.45, 0, 0.8, 0)],
     "π": [("-_~", 0, 0, 1, 0), ("|/(", 0.2, 0.1, 0.1, 0.85), ("|(L", 0.65, 0.1, 0.15, 0.85)],
 }
@@ -759,47 +761,42 @@ class Hand(NamedTuple):
     slant: float  # columns per row
     looseness: float  # how much sizes, places and spaces vary
     spacing: float  # between characters; below 0 they touch
-    samples: dict = {}  # label -> samples of one writer or, of texts, of all; none: EMNIST's
-    wide: float = 1  # how much strokes are stretched
-    joined: bool = False  # whether the letters of a word hang together
-    point: float = 0  # how high a point stands: some write it in the middle, as between factors
-    haste: float = 0  # the reach over which corners are rounded off
+    samples: dict  # label -> samples of one writer or, of texts, of all; none: EMNIST's
+    wide: float  # how much strokes are stretched
+    joined: bool  # whether the letters of a word hang together
+    point: float  # how high a point stands: some write it in the middle, as between factors
+    haste: float  # the reach over which corners are rounded off
 
 
-def pick_emnist_hand(line):
-    """A Hand of EMNIST's characters."""
-    shape = uniform(0.08, 0.16), gauss(0, 0.2), uniform(0.02, 0.1), uniform(-0.1, 0.3)
-    return Hand(line.split, size_of_line(20, 34), *shape)  # pen and slant for UNIPEN's signs
+def pick_hand(line):
+    """A Hand for a Line: EMNIST's, of all who have written its label as a whole, or of somebody.
 
-
-def pick_writer(line):
-    """A Hand of somebody who has written all letters and digits of a Line's label, or None."""
-    needed = set(line.label) & set(ALPHANUMERIC)
-    some = random.choices(people(line.split).writers, k=40)  # of so many, one nearly always can
-    able = [writer for writer in some if needed <= writer.keys()]
-    if not able:
+    None where nobody has written all of its letters and digits. In training it leans and hurries.
+    """
+    split, kind, samples = line.split, line.source.kind, {}
+    if line.source.pen is retrace:
+        samples = people(split).texts
+    elif kind == STROKES:
+        needed = set(line.label) & set(ALPHANUMERIC)
+        some = random.choices(people(split).writers, k=40)  # of so many, one nearly always can
+        samples = next((writer for writer in some if needed <= writer.keys()), None)
+    if samples is None:
         return None
-    hand = vary_hand(able[0], line.split)
-    # Size alone tells a lone c from C.
-    return hand._replace(looseness=min(hand.looseness, 0.06)) if line.alone else hand
-
-
-def pick_any_writer(line):
-    """A Hand of all who have written a Line's label as a whole."""
-    return vary_hand(people(line.split).texts, line.split)
-
-
-def vary_hand(samples, split):
-    """A Hand that writes with these samples and any pen; in training it also leans and hurries."""
     wide, slant, haste = 1, 0, 0
     if split == "train":
         wide, slant, haste = 2 ** uniform(-0.5, 0.4), gauss(0, 0.15), choice([0, uniform(0, 0.08)])
-    capital = size_of_line(20, 34)
-    stroke = choice([uniform(0.04, 0.07), uniform(0.05, 0.11)])
-    looseness = uniform(*choice([(0, 0.06), (0, 0.15)]))
-    spacing = uniform(*choice([(-0.08, 0.1), (0, 0.35), (0.1, 0.6)]))
-    habits = dict(wide=wide, joined=chance(0.4), point=choice([0, 0, 0, 0, 0.4]), haste=haste)
-    return Hand(split, capital, stroke, slant, looseness, spacing, samples, **habits)
+    # EMNIST's pens were thick: so is the one for the signs among its characters.
+    stroke = uniform(*choice([(0.04, 0.07), (0.05, 0.11)] if samples else [(0.08, 0.16)]))
+    # Size alone tells a lone c from C.
+    looseness = uniform(0, 0.06 if line.alone else choice([0.06, 0.15]))
+    spacing = uniform(*choice([(-0.08, 0.1), (0, 0.35), (0.1, 0.6)] if samples else [(-0.1, 0.3)]))
+    habits = dict(
+        wide=wide,
+        joined=chance(0.4 if samples else 0),
+        point=choice([0, 0, 0, 0, 0.4]),
+        haste=haste,
+    )
+    return Hand(split, size_of_line(20, 34), stroke, slant, looseness, spacing, samples, **habits)
 
 
 def vary_by_hand(text, mix):
@@ -848,7 +845,7 @@ def join(canvas, start, end, hand):
 
 
 def take_from_emnist(c, hand):
-    """As write_character(), without ends."""
+    """As write_character(), without ends: nothing is known of the pen."""
     (images, _, numbers), place = emnist(hand.split), places()[c]
     size, glyph = (place.least + place.most) / 2, images[choice(numbers[c])]  # (28, 28)
     top, bottom, left, right = ink_box(glyph, 0.25)
@@ -867,10 +864,8 @@ def write_character(c, hand):
     """
     borrowed = c not in hand.samples  # this writer has written none
     writers = [hand.samples, *random.choices(people(hand.split).writers, k=200 * borrowed)]
-    if c in SIGNS:
+    if c in SIGNS and (c != "x" or hand.joined):
         strokes = put_together(c, writers)
-    elif c == "x" and hand.joined and "c" in hand.samples:
-        strokes = write_x(hand)
     else:
         samples = next((writer[c] for writer in writers if c in writer), None)
         strokes = samples and strokes_of(choice(samples))
@@ -887,14 +882,6 @@ def write_character(c, hand):
     depth = place.anchor * scale * height - hand.capital * (rise + gauss(0, hand.looseness))
     glyph, ends = trace(strokes, scale, hand)
     return glyph, round(depth + hand.stroke * hand.capital / 2), ends
-
-
-def write_x(hand):
-    """The strokes of an x as many write it who join letters: two c, back to back."""
-    left, right = (np.concatenate(strokes_of(choice(hand.samples["c"]))) for _ in range(2))
-    left = left * np.float32([-1, 1]) * (np.ptp(right[:, 1]) / max(1, np.ptp(left[:, 1])))
-    place = right[:, 0].min() - left[:, 0].max(), right[:, 1].min() - left[:, 1].min()
-    return [left + np.float32(place), right]
 
 
 def trace(strokes, scale, hand):
@@ -1333,12 +1320,12 @@ SOURCES = {
     "trdg_custom": Source(PRINTED, pick_font, typeset_by_trdg, "printed", typeset),
     "synthetic_math": Source(PRINTED, pick_font, typeset, "math"),
     "emnist_images": Source(EMNIST, None, None, ""),
-    "emnist_words": Source(EMNIST, pick_emnist_hand, compose, "emnist", compose),
-    "emnist_math": Source(EMNIST, pick_emnist_hand, compose, "math"),
+    "emnist_words": Source(EMNIST, pick_hand, compose, "emnist", compose),
+    "emnist_math": Source(EMNIST, pick_hand, compose, "math"),
     "handwriting": Source(HANDWRITTEN, pick_font, typeset, "by_hand", typeset),
-    "unipen_words": Source(STROKES, pick_any_writer, retrace, "written"),
-    "unipen_text": Source(STROKES, pick_writer, compose, "by_hand", compose),
-    "unipen_math": Source(STROKES, pick_writer, compose, "math"),
+    "unipen_words": Source(STROKES, pick_hand, retrace, "written"),
+    "unipen_text": Source(STROKES, pick_hand, compose, "by_hand", compose),
+    "unipen_math": Source(STROKES, pick_hand, compose, "math"),
 }
 
 
