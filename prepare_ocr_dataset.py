@@ -251,12 +251,15 @@ typeface = lru_cache(12_000)(partial(ImageFont.truetype, layout_engine=ImageFont
 def find_fonts():
     """The usable Fonts of FONTS_DIR, and lines about the others and about those held out."""
     fonts, notes = [], []
+    left_out = pd.read_csv(LEFT_OUT_FILE, dtype=str, keep_default_na=False, index_col=0).characters
     for path in sorted(Path(FONTS_DIR).rglob("*"), key=Path.as_posix):  # one order on all systems
         if path.suffix.lower() not in {".ttf", ".otf", ".woff", ".woff2"}:
             continue
         kind = HANDWRITTEN if path.parent.name == "handwriting" else PRINTED
         try:
-            fonts.append(survey_font(str(path), kind, CHARSET))
+            font = survey_font(str(path), kind, CHARSET)
+            known = font.characters - set(left_out.get(font.family, ""))
+            fonts.append(font._replace(characters=known))
         except OSError as error:
             notes.append(f"{path} is skipped: it is no usable font ({error})")
     held_out = {kind: held_out_families(fonts, kind) for kind in (PRINTED, HANDWRITTEN)}
@@ -277,7 +280,6 @@ def survey_font(path, kind, charset):
         characters -= {c for c in characters if c.islower() and c not in MATH_SIGNS}
     # Thin dashes may be hinted away in the smallest size of a line.
     characters -= {c for c in characters - {" "} if not any(bytes(smallest.getmask(c)))}
-    characters -= set(left_out().get(family, ""))
     if len(characters) < 10:  # not even the digits
         raise OSError(f"it draws only {len(characters)} of CHARSET")
     pairs = [p for p in SAME_FROM if set(p) <= characters and overlap(face, *p) > SAME_FROM[p]]
@@ -300,12 +302,6 @@ def distinct_characters(face, charset):
             same_shape.setdefault((size, pixels, offset), []).append(c)
     # c and C drawn alike are one capital; I and l drawn alike are neither: no label could be read.
     return {min(same) for same in same_shape.values() if len({c.lower() for c in same}) == 1}
-
-
-@cache
-def left_out():
-    """Family of fonts -> characters not to draw in it, a Series."""
-    return pd.read_csv(LEFT_OUT_FILE, dtype=str, keep_default_na=False, index_col=0).characters
 
 
 def overlap(face, a, b):
@@ -790,13 +786,8 @@ def pick_hand(line):
     # Size alone tells a lone c from C.
     looseness = uniform(0, 0.06 if line.alone else choice([0.06, 0.15]))
     spacing = uniform(*choice([(-0.08, 0.1), (0, 0.35), (0.1, 0.6)] if samples else [(-0.1, 0.3)]))
-    habits = dict(
-        wide=wide,
-        joined=chance(0.4 if samples else 0),
-        point=choice([0, 0, 0, 0, 0.4]),
-        haste=haste,
-    )
-    return Hand(split, size_of_line(20, 34), stroke, slant, looseness, spacing, samples, **habits)
+    habits = wide, bool(samples) and chance(0.4), choice([0, 0, 0, 0, 0.4]), haste
+    return Hand(split, size_of_line(20, 34), stroke, slant, looseness, spacing, samples, *habits)
 
 
 def vary_by_hand(text, mix):
@@ -949,17 +940,9 @@ def warp(ink):
 
 
 def tilt(ink):
-    """A line (H, W) turned by up to 3 degrees; some in waves, as on paper that lies unevenly."""
-    angle = uniform(-1, 1) * choice([0, 0, 1, 2, 3])  # degrees
-    rise, tall = np.tan(np.radians(angle)) * ink.shape[1], len(ink)
-    more = round(abs(rise) / 2) + 1
-    ink = np.pad(ink, ((more, more), (4, 4)))
-    h, w = ink.shape
-    x = np.arange(w)
-    waves = 0.05 * tall * chance(0.08) * np.sin(x * uniform(3, 18) / tall)
-    y = np.arange(h)[:, None] + waves + rise * (x / w - 0.5)  # (H, W)
-    x = np.tile(np.float32(x), (h, 1))  # (H, W)
-    return cv2.remap(ink, x, y.astype(np.float32), cv2.INTER_LINEAR)
+    """A line (H, W) turned by up to 3 degrees; some bent, as on paper that lies unevenly."""
+    slope = math.radians(uniform(-1, 1) * choice([0, 0, 1, 2, 3]))
+    return apply([(0.08, warp)], leaning(ink.T, slope, slope).T)
 
 
 def harden(ink):
@@ -1047,10 +1030,10 @@ def stretched(ink, least=-0.2, most=0.6):
 
 
 def leaning(ink, least=0.05, most=0.25):
-    """To the right, as the digits of many displays do, by so many columns a row."""
+    """To the right, as the digits of many displays do, by so many columns a row; below 0 left."""
     (h, w), slant = ink.shape, uniform(least, most)
-    aside = np.float32([[1, -slant, slant * h], [0, 1, 0]])
-    return cv2.warpAffine(ink, aside, (round(w + slant * h), h))
+    aside = np.float32([[1, -slant, max(0, slant) * h], [0, 1, 0]])
+    return cv2.warpAffine(ink, aside, (round(w + abs(slant) * h), h))
 
 
 def snapped(ink):
