@@ -164,8 +164,6 @@ def random_string(characters, shortest, longest):
 
 
 # ---- Texts, by the grammar of TEXTS_FILE, which explains itself
-SERIAL = UPPER.replace("I", "").replace("O", "") + DIGITS  # most machines avoid these two
-GROUPS = [UPPER] * 4 + [DIGITS] * 4 + [SERIAL] * 3 + [LOWER + DIGITS]  # what groups of codes are of
 RANDOM = {  # kinds of text besides the grammar's, each of a split
     "nothing": lambda split: "",
     "hash": lambda split: "#",
@@ -176,7 +174,7 @@ RANDOM = {  # kinds of text besides the grammar's, each of a split
     "invented": lambda split: cased(invent(split)),
     "brand": lambda split: cased(invent(split, read_grammar()["ending"]), (10, 70, 20)),
     "written": lambda split: choice(people(split).labels),
-    "group": lambda split: random_string(choice(GROUPS), 1, 5),
+    "group": lambda split: random_string(choice(read_grammar()["group_of"]), 1, 5),
     "mixed": lambda split: random_string(ALPHANUMERIC, 2, 7),
     # No sign of mathematics: nobody tells a lone × from x
     "any": lambda split: choice([c for c in CHARSET if c not in MATH_SIGNS + " "] or [""]),
@@ -332,11 +330,6 @@ def held_out_families(fonts, kind):
     return chosen
 
 
-def size_of_line(least, most):
-    """Pixels from least to most; for one line in three doubled, as good scanners see it."""
-    return choice([1, 1, 2]) * randint(least, most)
-
-
 def pick_font(line):
     """A Font that draws all of a Line's label, or None."""
     needed, families, matching = frozenset(line.label), {}, {}
@@ -349,10 +342,11 @@ def pick_font(line):
         families.setdefault(font.family, []).append(font)
         if line.style.fonts and re.search(line.style.fonts, os.path.basename(font.path)):
             matching.setdefault(font.family, []).append(font)
-    # A family first and then one of its files, so that many weights are not seen more often. Even
-    # sizes, so that the cache of typefaces holds every font at every size.
     families = list((matching or families).values())
-    return choice(choice(families))._replace(size=2 * size_of_line(10, 22)) if families else None
+    # Even sizes, so that the cache of typefaces holds every font at each; some as good scanners see
+    size = 2 * choice([1, 1, 2]) * randint(10, 22)
+    # A family first and then one of its files, so that many weights are not seen more often
+    return choice(choice(families))._replace(size=size) if families else None
 
 
 # ---- Pens for fonts. A pen takes a text, and a Font or a Hand, and gives a line's ink, float32
@@ -787,7 +781,8 @@ def pick_hand(line):
     looseness = uniform(0, 0.06 if line.alone else choice([0.06, 0.15]))
     spacing = uniform(*choice([(-0.08, 0.1), (0, 0.35), (0.1, 0.6)] if samples else [(-0.1, 0.3)]))
     habits = wide, bool(samples) and chance(0.4), choice([0, 0, 0, 0, 0.4]), haste
-    return Hand(split, size_of_line(20, 34), stroke, slant, looseness, spacing, samples, *habits)
+    capital = choice([1, 1, 2]) * randint(20, 34)
+    return Hand(split, capital, stroke, slant, looseness, spacing, samples, *habits)
 
 
 def vary_by_hand(text, mix):
