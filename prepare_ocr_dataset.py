@@ -84,8 +84,8 @@ TRIES = 2_000  # texts tried for one image: with a narrow CHARSET few fit
 CHUNK = 200  # images that a worker draws at a time
 COLUMNS = ["image_path", "label", "source", "split", "style"]  # of data.csv
 
-UPPER, LOWER, DIGITS = string.ascii_uppercase, string.ascii_lowercase, string.digits
-ALPHANUMERIC = DIGITS + UPPER + LOWER  # in the order of EMNIST's labels
+DIGITS = string.digits
+ALPHANUMERIC = DIGITS + string.ascii_uppercase + string.ascii_lowercase  # as EMNIST's labels are
 MATH_SIGNS = "×÷±√π≤≥≠"  # drawn in expressions only
 SPLITS = "train", "val", "test"
 CYCLE = 20  # of so many images one is for validation and one for the test
@@ -148,12 +148,8 @@ def invent(split, endings=()):
 
 
 def cased(word, shares=(53, 27, 20)):
-    """In lower case, capitalized or in capitals, with accents if CHARSET has any."""
-    return accented(random.choices([word.lower(), word.capitalize(), word.upper()], shares)[0])
-
-
-def accented(word):
-    """In some words one letter gets an accent that CHARSET has: cafe as café, Zug as Züg."""
+    """In lower case, capitalized or in capitals; some with an accent that CHARSET has, as café."""
+    word = random.choices([word.lower(), word.capitalize(), word.upper()], shares)[0]
     swaps = [(normalize("NFD", c)[0], c) for c in CHARSET if c.isalpha() and not c.isascii()]
     swaps = [swap for swap in swaps if swap[0] in word]  # (e, é)
     return word.replace(*choice(swaps), 1) if swaps and chance(0.3) else word
@@ -169,8 +165,8 @@ RANDOM = {  # kinds of text besides the grammar's, each of a split
     "hash": lambda split: "#",
     "digits": lambda split: random_string(DIGITS, 4, 12),
     "word": lambda split: cased(pick_word(split)),
-    "Word": lambda split: accented(pick_word(split).capitalize()),
-    "WORD": lambda split: accented(pick_word(split).upper()),
+    "Word": lambda split: cased(pick_word(split), (0, 1, 0)),
+    "WORD": lambda split: cased(pick_word(split), (0, 0, 1)),
     "invented": lambda split: cased(invent(split)),
     "brand": lambda split: cased(invent(split, read_grammar()["ending"]), (10, 70, 20)),
     "written": lambda split: choice(people(split).labels),
@@ -422,6 +418,7 @@ def downloading(what, remedy):
         print(f"could not get {what} ({error}), so its sources are skipped. {remedy}")
 
 
+@cache
 def emnist_is_there():
     """Whether the EMNIST files are there, if need be after a download."""
     from torchvision.datasets import EMNIST as Data
@@ -467,6 +464,7 @@ Samples = namedtuple("Samples", "steps points strokes writers labels")
 Written = namedtuple("Written", "strokes label writer")
 
 
+@cache
 def unipen_is_there():
     """Whether UNIPEN's strokes are there, if need be after they were fetched and parsed."""
     folder, page = Path(DATASETS_DIR) / "unipen", UNIPEN_RECORD.replace("/api", "")
@@ -1446,14 +1444,6 @@ def draw_all(counts):
 
 
 # ---- What can be drawn, and what is written
-@cache
-def is_there(kind):
-    """Whether there is what images of a kind are drawn with, if need be after a download."""
-    find = {EMNIST: emnist_is_there, STROKES: unipen_is_there}.get(kind)
-    # Validation and test need a font family of their own.
-    return find() if find else any(f.kind == kind and f.held_out for f in find_fonts()[0])
-
-
 def count_images():
     """How many images of each source there will be: of those whose fonts or data are there."""
     unknown = NUM_IMAGES.keys() - SOURCES.keys()
@@ -1461,10 +1451,13 @@ def count_images():
         raise InputError(f"NUM_IMAGES names {min(unknown)}: choose from {', '.join(SOURCES)}")
     print(*find_fonts()[1], sep="\n")
     counts = {source: number for source, number in NUM_IMAGES.items() if number}
+    # Validation and test need a font family of their own.
+    families = {font.kind for font in find_fonts()[0] if font.held_out}
+    others = {EMNIST: emnist_is_there, STROKES: unipen_is_there}  # perhaps after a download
     for source in list(counts):
         kind, signs = SOURCES[source].kind, SOURCES[source].pen is compose  # EMNIST has none
         for needed in dict.fromkeys([kind, STROKES] if signs else [kind]):
-            if not is_there(needed):
+            if not (others[needed]() if needed in others else needed in families):
                 needs = f"two families of {needed} in {FONTS_DIR}" if "fonts" in needed else needed
                 print(f"{source} is skipped: it needs {needs}")
                 counts.pop(source, None)

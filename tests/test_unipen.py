@@ -155,6 +155,7 @@ def test_unipen_is_downloaded_and_parsed_once(prepare, server):
     assert prepare.unipen_is_there()
     assert "Vl" in prepare.load_strokes().labels
     server.unlink()
+    prepare.unipen_is_there.cache_clear()
     assert prepare.unipen_is_there()  # without asking again
 
 
