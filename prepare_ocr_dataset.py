@@ -831,6 +831,8 @@ def join(canvas, start, end, hand):
 def take_from_emnist(c, hand):
     """As write_character(), without ends: nothing is known of the pen."""
     (images, _, numbers), place = emnist(hand.split), places()[c]
+    if not len(numbers[c]):
+        return None
     size, glyph = (place.least + place.most) / 2, images[choice(numbers[c])]  # (28, 28)
     top, bottom, left, right = ink_box(glyph, 0.25)
     glyph = glyph[top : bottom + 1, left : right + 1]
