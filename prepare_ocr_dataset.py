@@ -221,7 +221,7 @@ def acceptable(label):
 # ---- Fonts. A font is only asked for what it draws, and draws unlike everything else.
 # Pairs that many fonts draw alike, and the overlap from which nobody tells them apart, found by
 # looking at the fonts around it
-SAME_FROM = {"O0": 0.5, "Il": 0.72, "I|": 0.72, "l|": 0.72, "1l": 0.72, "1I": 0.72}
+SAME_FROM = {"O0": 0.75, "Il": 0.72, "I|": 0.72, "l|": 0.72, "1l": 0.72, "1I": 0.72}
 SPACES = [1.7] * 9 + [6]  # the widest, in the font's own; in one line of ten columns are far apart
 
 
@@ -808,9 +808,9 @@ def compose(text, hand):
         y = baseline + depth - len(glyph)
         part = canvas[y : y + len(glyph), x : x + glyph.shape[1]]
         np.maximum(part, glyph, out=part)
-        if left_off is not None and c in LOWER:
+        if left_off is not None and c in string.ascii_lowercase:
             join(canvas, left_off, ends[0] + (x, y), hand)
-        left_off = ends[1] + (x, y) if hand.joined and c in UPPER + LOWER else None
+        left_off = ends[1] + (x, y) if hand.joined and c in string.ascii_letters else None
         # What touches a point or a dash would hide it.
         gap = hand.spacing if c in ALPHANUMERIC else max(hand.spacing, 0.15)
         x += max(2, round(glyph.shape[1] + capital * (gap + gauss(0, hand.looseness))))
@@ -1230,6 +1230,8 @@ SNAPSHOT = dict(dark=(13, 128), light=(140, 250), grain=(2, 5, 9), jpeg=(20, 75)
 SNAPSHOT |= dict(pale=0.2)
 PLATE = dict(dark=(0, 130), light=(130, 255), grain=(0, 2, 5), inverse=0.5)
 SLIP = dict(dark=(0, 150), light=(195, 255), grain=(0, 2, 6, 14), jpeg=(30, 95))
+DIAL = dict(dark=(0, 140), light=(130, 255), grain=(0, 3, 6), inverse=0.4, jpeg=(20, 90))
+DIAL |= dict(shade=0.3, pale=0.3)
 SIGN = dict(dark=(0, 120), light=(150, 255), grain=(0, 0, 3), inverse=0.6, jpeg=(25, 90), pale=0.15)
 
 # Effects that several styles share: how often each is at work (1: always), and its settings
@@ -1245,6 +1247,8 @@ BOARD += [(1, framed)]
 SEGMENTS = [(0.5, bold, -0.06, 0), (0.6, leaning), (1, room, 0, 0.3)]  # with wider gaps
 FAR = (0.2, coarse, 10, 18)
 CUT_OUT = [(1, room, 0.05, 0.2), (1, BESIDE, 0.12, 0.4)]  # of a word
+# The digit before and the one after come into the window of a meter.
+ROLLING = [(0.7, neighbours, 0.3, 0.6), (0.3, form_lines, [1, 3, 4]), (1, snapped), (1, framed, 0)]
 
 EVERYWHERE = {
     "form": Style(2.5, [(1, room), (1, neighbours), (1, form_lines)], CLEAN),
@@ -1260,7 +1264,8 @@ STYLES = {
         "label": Style(2, [PRESS, (1, room), (0.35, form_lines, [4])], PLATE, "label"),
         "sign": Style(6, [(1, stretched), (0.35, arched), *BOARD, FAR], SIGN, "sign"),
         "letter": Style(3, [(0.5, bold, 0, 0.1), (1, framed), *CUT_OUT, *BOARD], SIGN, "large"),
-        "display": Style(2, [*SEGMENTS, (1, blur), (0.5, snapped)], PLATE, "display", "dseg"),
+        "display": Style(2, [*SEGMENTS, (1, blur), (0.5, snapped)], DIAL, "display", "dseg"),
+        "counter": Style(1, [*CUT_OUT, *ROLLING, FAR], DIAL, "dial"),
     }
     | EVERYWHERE,
     HANDWRITTEN: {
