@@ -2,13 +2,12 @@
 
     python tests/benchmark.py                    all parts
     python tests/benchmark.py reading peers      some of them: drawing kills own reading peers
-                                                 damaged robust memory picture
+                                                 robust picture
 
 The parts reading and peers need the default data of python prepare_ocr_dataset.py.
 """
 
 import datetime
-import io
 import itertools
 import os
 import platform
@@ -44,8 +43,6 @@ KILLS = 5  # in drawing, and as many in training
 READING_WORDS = 480  # printed words of about 100 pixels, of the part reading
 REPEATS = 5  # of each timing of that part
 PEERS_ROWS = 2_000  # test rows of each source, of the part peers: by default all
-DAMAGED_FILES = 2_000  # of the part damaged
-MEMORY_IMAGES = 10_000, 100_000  # of the part memory
 # --------------------------------------------------------------------------------------------------
 
 
@@ -279,53 +276,6 @@ def peers():
             record("peers", f"{name}, {source}, CER in percent", 100 * float(best.CER[source]))
 
 
-def run_inference(path, timeout=600):
-    """inference_crnn.py on a path in a process of its own; its peak memory is its last word."""
-    code = (
-        f"import sys, resource; sys.path.insert(0, {str(ROOT)!r}); import inference_crnn as i\n"
-        f"sys.stdout.reconfigure(encoding='utf-8'); i.REPORT_DIR = None\n"
-        f"i.MODEL_PATH = i.PRETRAINED = {str(WEIGHTS)!r}; status = i.main([{str(path)!r}])\n"
-        f"print('peak', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss); sys.exit(status)"
-    )
-    environment = dict(os.environ, PYTHONIOENCODING="utf-8")
-    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, encoding="utf-8")
-    command = [sys.executable, "-c", code]
-    return subprocess.run(command, cwd=FOLDER, timeout=timeout, env=environment, **pipes)
-
-
-def damage(data, kind):
-    """The bytes of an image file: cut off, with flipped bits, a hostile header, noise, or whole."""
-    data = bytearray(data)
-    if kind == 0:
-        return data[: random.randint(0, len(data))]
-    if kind == 1:
-        for _ in range(random.randint(1, 30)):
-            data[random.randrange(len(data))] ^= 1 << random.randrange(8)
-    if kind == 2:
-        for i in range(4, min(40, len(data))):
-            if random.random() < 0.3:
-                data[i] = random.choice([0, 255, random.randrange(256)])
-    return random.randbytes(random.randint(0, 3000)) if kind == 3 else data
-
-
-def damaged():
-    """One run over mutated image files; a fifth are whole, under the name of another format."""
-    random.seed(0)
-    folder, sources = fresh("damaged"), sorted(FOREIGN.glob("*.png"))
-    endings = dict(PNG="png", JPEG="jpg", WEBP="webp", TIFF="tif", BMP="bmp", GIF="gif")
-    for i in range(DAMAGED_FILES):
-        memory, kind = io.BytesIO(), random.choice(list(endings))
-        Image.open(random.choice(sources)).convert("RGB").save(memory, kind)
-        other = random.choice([e for e in endings.values() if e != endings[kind]])
-        ending = other if i % 5 == 4 else endings[kind]
-        (folder / f"{i:04}_{i % 5}.{ending}").write_bytes(damage(memory.getvalue(), i % 5))
-    run = run_inference(folder)
-    whole = sum(f"{path.as_posix()}\n" in run.stdout for path in folder.glob("*_4.*"))
-    lines = run.stdout.count("Predicted   :") + run.stderr.count("skipped: ")
-    record("damaged", f"files of {DAMAGED_FILES:,} that are read or skipped", lines)
-    record("damaged", f"whole files of {DAMAGED_FILES // 5} that are read", whole)
-
-
 def robust():
     """Empty paper, and tests/foreign changed in ways that leave the text readable."""
     chance, paper = np.random.default_rng(0), []
@@ -373,17 +323,6 @@ def robust():
         record("robust", f"tests/foreign {name}, exact in percent", exact)
 
 
-def memory():
-    """The peak memory of reading ten thousand and a hundred thousand images of a csv."""
-    rows, folder = labelled(FOREIGN / "labels.csv"), fresh("memory")
-    for number in MEMORY_IMAGES:
-        repeated = pd.concat([rows] * -(-number // len(rows))).head(number)
-        crnn.write_labels(repeated, folder / f"{number}.csv")
-        run = run_inference(folder / f"{number}.csv", timeout=3600)
-        peak = float(run.stdout.split("peak ")[-1]) / 1e6
-        record("memory", f"{number:,} images read, peak in GB", peak)
-
-
 def picture():
     """.github/reads.png, what the shipped weights read in tests/foreign, and drawn.png, samples.
 
@@ -409,7 +348,7 @@ def picture():
 
 def main(*wanted):
     """Run the parts of these names, or all."""
-    parts = drawing, kills, own, reading, peers, damaged, robust, memory, picture
+    parts = drawing, kills, own, reading, peers, robust, picture
     parts = {part.__name__: part for part in parts}
     if not set(wanted) <= set(parts):
         raise crnn.InputError(f"choose parts among {' '.join(parts)}")

@@ -5,6 +5,7 @@ import doctest
 import io
 import os
 import pickle
+import random
 import re
 import sys
 from pathlib import Path
@@ -224,6 +225,20 @@ def test_what_is_no_line_is_refused_in_one_line(wrong, complaint):
     image, reason = crnn.try_load(wrong)
     assert image is None
     assert complaint in reason and "\n" not in reason
+
+
+@pytest.mark.filterwarnings("ignore")  # Pillow's
+@pytest.mark.parametrize("kind", "PNG JPEG WEBP TIFF BMP GIF".split())
+def test_a_damaged_file_is_read_or_refused_in_one_line(kind):
+    """With flipped bits or hostile bytes in its header, and cut off."""
+    random.seed(kind)
+    for i in range(40):
+        data = bytearray(encode(R7, kind))
+        for _ in range(random.randint(1, 20)):
+            data[random.randrange(40 if i % 2 else len(data))] = random.choice([0, 255, 1 << i % 8])
+        image, reason = crnn.try_load(bytes(data[: random.choice([len(data), 60, 300])]))
+        assert (image is None) == bool(reason)
+        assert "\n" not in (reason or "")
 
 
 @pytest.mark.parametrize("size, width", [((40, 1), 1280), ((1, 40), 1), ((3, 100), 1)])

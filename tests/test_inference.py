@@ -152,8 +152,8 @@ def test_low_confidence_is_marked(infer, line, capsys, least, marked):
 def test_of_a_folder_what_is_no_image_is_named_and_the_rest_is_read(infer, line, tmp_path, capsys):
     folder, missing = tmp_path / "scans", str(tmp_path / "missing.png")
     folder.mkdir()
-    for name in ("a.jfif", "b.pgm"):
-        line_image("Rg7").save(folder / name, "JPEG" if "j" in name else None)
+    for name in ("a.jfif", "b.pgm"):  # b is of another kind than its name says
+        line_image("Rg7").save(folder / name, "JPEG" if "j" in name else "PNG")
     for name in ("._a.jfif", "c.pdf", "d.pdf", "notes.txt", "zero.png", "text.jpg"):
         (folder / name).touch()
     (folder / "text.jpg").write_text("no image")
