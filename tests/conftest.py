@@ -18,6 +18,7 @@ from PIL import Image, ImageDraw, ImageFont
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 FONT = str(ROOT / "myFonts" / "DejaVuSans.ttf")
+WEIGHTS = ROOT / "ocr_crnn_model" / "pretrained.pth"  # as shipped
 CHARSET = "".join(map(chr, range(32, 127))) + "×÷±√π≤≥≠"  # as shipped
 
 # Every download fails at once, in processes of their own too: nothing answers at that port.
@@ -59,15 +60,13 @@ def fake_emnist(datasets, per_class=24):
         image = Image.fromarray(rng.integers(0, 40, (28, 28), dtype=np.uint8))
         ImageDraw.Draw(image).text((14, 14), c, font=font, fill=255, anchor="mm")
         images.append(np.asarray(image).T)  # (28, 28), transposed, as EMNIST stores them
-    pixels = np.stack(images).tobytes()
-    classes = np.tile(np.arange(62, dtype=np.uint8), per_class).tobytes()
+    classes = np.tile(np.arange(62, dtype=np.uint8), per_class)
     raw = Path(datasets) / "emnist" / "EMNIST" / "raw"
     raw.mkdir(parents=True)
-    for part in ("train", "test"):
-        head = struct.pack(">IIII", 0x803, len(images), 28, 28)
-        (raw / f"emnist-byclass-{part}-images-idx3-ubyte").write_bytes(head + pixels)
-        head = struct.pack(">II", 0x801, len(images))
-        (raw / f"emnist-byclass-{part}-labels-idx1-ubyte").write_bytes(head + classes)
+    for name, array in {"images-idx3": np.stack(images), "labels-idx1": classes}.items():
+        head = struct.pack(f">HBB{array.ndim}I", 0, 8, array.ndim, *array.shape)  # 8: bytes
+        for part in ("train", "test"):
+            (raw / f"emnist-byclass-{part}-{name}-ubyte").write_bytes(head + array.tobytes())
 
 
 class Script:
@@ -131,26 +130,27 @@ FILES = dict(DATASETS_DIR="datasets", DATA_CSV="datasets/data.csv", MODEL_PATH="
 FILES |= dict(PRETRAINED="no.pth", PREDICTIONS_CSV="predictions.csv")
 
 
-def make_script(module, monkeypatch, **constants):
-    """A Script with all of its constants set, so that what a user edited does not count."""
+def script_in(folder, name, monkeypatch, **constants):
+    """The Script of that name with all of its constants set, and all its files in a folder."""
+    module = importlib.import_module(name)
     script = Script(module, monkeypatch)
-    shared = {name: value for name, value in CONSTANTS.items() if hasattr(module, name)}
-    script.set(**shared | constants)
+    shared = CONSTANTS | {name: str(folder / path) for name, path in FILES.items()}
+    script.set(**{name: value for name, value in shared.items() if hasattr(module, name)})
+    script.set(**constants)
     code = Path(module.__file__).read_text(encoding="utf-8").split("# ---")[1]  # the constants
     missing = set(re.findall("^([A-Z_]+) = ", code, re.M)) - set(script.constants)
     assert not missing, f"conftest.py sets no {missing}: their edited values would reach the tests"
     return script
 
 
-def script_in(folder, name, monkeypatch, **constants):
-    """The Script of that name, with all its files in a folder."""
-    module = importlib.import_module(name)
-    files = {each: str(folder / FILES[each]) for each in FILES if hasattr(module, each)}
-    return make_script(module, monkeypatch, **files, **constants)
-
-
 # The same in all tests; to look at each font and to parse the scripts takes six seconds and one.
 SLOW = ["survey_font", "code_below_constants", "find_words", "typeface"]
+
+
+@pytest.fixture(scope="session")
+def shipped():
+    """The model of the repository, as it reads."""
+    return importlib.import_module("crnn").load_checkpoint(WEIGHTS)
 
 
 @pytest.fixture
@@ -171,12 +171,11 @@ def prepare(tmp_path, monkeypatch):
 @pytest.fixture
 def few_fonts(prepare, tmp_path):
     """FONTS_DIR is a folder of six fonts, for tests that need no more."""
-    for kind, names in dict(
-        printed="arvo-700 abel-400 poppins-400", handwriting="caveat-400 kalam-400 neucha-400"
-    ).items():
-        (tmp_path / "fonts" / kind).mkdir(parents=True)
-        for name in names.split():
-            shutil.copy(ROOT / "myFonts" / kind / f"{name}.woff2", tmp_path / "fonts" / kind)
+    fonts = "printed/arvo-700 printed/abel-400 printed/poppins-400 "
+    fonts += "handwriting/caveat-400 handwriting/kalam-400 handwriting/neucha-400"
+    for font in fonts.split():
+        (tmp_path / "fonts" / font).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / "myFonts" / f"{font}.woff2", (tmp_path / "fonts" / font).parent)
     prepare.set(FONTS_DIR=str(tmp_path / "fonts"))
 
 

@@ -37,20 +37,9 @@ def small_model():
     return model.eval()
 
 
-@pytest.fixture(scope="module")
-def shipped():
-    """The weights of the repository."""
-    return load_checkpoint(ROOT / "ocr_crnn_model" / "pretrained.pth")
-
-
 def lines(*texts):
     """What load_image makes of an image of each text."""
     return [load_image(line_image(text)) for text in texts]
-
-
-def distance(image):
-    """The mean difference, in tones, of an image to that of R7."""
-    return (image.float() - lines("R7")[0].float()).abs().mean()
 
 
 def paper(size, text, *places, height=20):
@@ -138,11 +127,6 @@ def on_nothing(tone, hidden):
     return Image.fromarray(np.concatenate([colours, alpha], 2).astype(np.uint8), "RGBA")
 
 
-def convert(image, mode):
-    """An image in another mode; by way of RGB, since Pillow converts to some from it only."""
-    return (image.convert("RGB") if mode in ("HSV", "YCbCr", "CMYK") else image).convert(mode)
-
-
 R7 = line_image("R7")
 TONES = np.asarray(R7)
 COLOUR = np.repeat(TONES[..., None], 3, 2)
@@ -150,7 +134,8 @@ STRAY = TONES.astype(np.uint16) + 1000
 STRAY[3, 3] = 65_000
 TURNED = Image.Exif()
 TURNED[0x0112] = 6  # stored turned by 90 degrees
-SHOW_R7 = {mode: convert(R7, mode) for mode in "1 L P RGB RGBA LA CMYK I F HSV YCbCr".split()}
+MODES = "1 L P RGB RGBA LA CMYK I F HSV YCbCr".split()
+SHOW_R7 = {mode: R7.convert("RGB").convert(mode) for mode in MODES}
 SHOW_R7 |= {
     "I;16": Image.fromarray(TONES.astype(np.uint16) * 257),
     "a stray pixel is no range of tones": Image.fromarray(STRAY),
@@ -189,7 +174,8 @@ def test_an_image_of_any_kind_is_seen_as_the_same(kind, capsys):
     image, reason = crnn.try_load(SHOW_R7[kind])
     assert reason is None
     assert image.dtype == torch.uint8
-    assert distance(image) < (12 if kind in ROUGH else 2)
+    difference = (image.float() - load_image(R7).float()).abs().mean()
+    assert difference < (12 if kind in ROUGH else 2)
     said = "a bytes has 2 pages: the first is read\n" if "two pages" in kind else ""
     assert capsys.readouterr().err == said
 
@@ -295,8 +281,6 @@ def test_a_line_is_padded_by_its_own_width_alone():
 
 
 # ---- network
-
-
 @pytest.mark.parametrize("width", [8, 100, 104])
 def test_a_frame_is_four_columns_and_folding_changes_no_result(width):
     model, ink = small_model(), torch.rand(2, 1, crnn.HEIGHT, width)
@@ -462,8 +446,6 @@ def test_the_shipped_weights_read_what_they_always_read(shipped, monkeypatch):
 
 
 # ---- what the user knows
-
-
 def test_only_what_is_allowed_is_read(shipped):
     (image,) = lines("I0 S5")
     known = crnn.know(shipped.charset, "0123456789")

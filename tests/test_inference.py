@@ -13,13 +13,11 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import ROOT, fake_emnist, line_image, write_csv
+from conftest import ROOT, WEIGHTS, fake_emnist, line_image, write_csv
 from PIL import Image
 
 import crnn
 from crnn import CRNN, Charset, load_checkpoint, save_checkpoint
-
-WEIGHTS = ROOT / "ocr_crnn_model" / "pretrained.pth"  # of the repository
 
 
 @pytest.fixture
@@ -43,8 +41,6 @@ def predictions(infer):
 
 
 # ---- reading
-
-
 def test_recognize_takes_paths_images_and_arrays(infer, checkpoint, line, tmp_path, capsys):
     (tmp_path / "bad.png").write_bytes(b"bad")
     image = line_image("Rg7")
@@ -198,9 +194,9 @@ def test_a_form_has_fields_of_several_kinds(infer, checkpoint, tmp_path):
         infer.main([str(path)])
 
 
-def test_a_quarter_turn_is_read(infer):
+def test_a_quarter_turn_is_read(infer, shipped):
     turned = [line_image("R7-4052").transpose(Image.Transpose[f"ROTATE_{a}"]) for a in (90, 270)]
-    readings = infer.recognize(turned, WEIGHTS)
+    readings = infer.recognize(turned, shipped)
     assert [reading.text for reading in readings] == ["R7-4052"] * 2
 
 
@@ -241,8 +237,6 @@ def test_help_is_the_docstring(infer, capsys):
 
 
 # ---- results
-
-
 def test_programs_get_a_line_per_image(infer, checkpoint, tmp_path):
     path = write_csv(tmp_path / "own", ["cat", "NA"], name="own.csv")
     (tmp_path / "own" / "bad.png").write_bytes(b"bad")
@@ -329,7 +323,6 @@ def test_the_report_counts_errors_and_stands_alone(infer, tmp_path):
 
 
 # ---- the page to correct readings in
-
 AWKWARD = ["a,\"b\" 'c'", "1×÷±√π≤≥≠", "<b>&amp;</script>", "two  spaces", "=SUM(1)", "007", "NA"]
 
 
@@ -409,8 +402,6 @@ def test_corrections_reach_the_labels(infer, scans, browser):
 
 
 # ---- other programs, and all together
-
-
 def test_onnx_reads_what_pytorch_reads(infer, checkpoint, line, tmp_path):
     """Where its packages are installed; any number of images of any width."""
     pytest.importorskip("onnxscript")

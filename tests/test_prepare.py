@@ -18,7 +18,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torchvision
-from conftest import FONT, ROOT, fake_emnist, line_image, write_csv
+from conftest import FONT, fake_emnist, line_image, write_csv
 from PIL import Image, ImageDraw
 
 import crnn
@@ -67,11 +67,6 @@ def downloaded(prepare, downloads):
     shutil.copytree(downloads, prepare.DATASETS_DIR)
 
 
-@pytest.fixture(scope="module")
-def reader():
-    return crnn.load_checkpoint(ROOT / "ocr_crnn_model" / "pretrained.pth")
-
-
 def fonts_by_name(prepare):
     return {Path(font.path).name: font for font in prepare.find_fonts()[0]}
 
@@ -107,9 +102,9 @@ def data_rows(prepare):
     return read_labels(Path(prepare.DATASETS_DIR) / "data.csv")
 
 
-def read(reader, images):
-    """What the bundled weights read in images, without spaces."""
-    readings = crnn.read_images(reader, list(map(load_image, images)), 20)
+def read(model, images):
+    """What a model reads in images, without spaces."""
+    readings = crnn.read_images(model, list(map(load_image, images)), 20)
     return [reading.text.replace(" ", "") for reading in readings]
 
 
@@ -271,12 +266,12 @@ def test_writers_of_the_test_are_not_trained_on(prepare, downloaded):
     assert sum(map(len, names.values())) == len(set().union(*names.values())) == 40
 
 
-def test_signs_that_unipen_lacks_are_put_together(prepare, downloaded, reader):
+def test_signs_that_unipen_lacks_are_put_together(prepare, downloaded, shipped):
     random.seed(0)
     line = make_line(prepare, "7+4", "val", source="unipen_math")
     for sign in prepare.SIGNS:
         inks = [line.source.pen(f"7{sign}4", line.source.pick(line)) for _ in range(10)]
-        texts = read(reader, [np.uint8(255 - 255 * ink) for ink in inks])
+        texts = read(shipped, [np.uint8(255 - 255 * ink) for ink in inks])
         assert texts.count(f"7{sign}4") + (sign == "×") * texts.count("7x4") >= 6, sign
 
 
@@ -295,10 +290,10 @@ def test_every_style_shows_its_text(prepare, kind):
 
 
 @pytest.mark.parametrize("source", prepare_ocr_dataset.SOURCES)
-def test_an_image_shows_its_label(prepare, downloaded, reader, source):
+def test_an_image_shows_its_label(prepare, downloaded, shipped, source):
     """The bundled weights read most: a wrong label, a lost or a mirrored character would show."""
     images, labels, *_ = zip(*[prepare.sample(source, index) for index in range(40)])
-    right = [text == label.replace(" ", "") for text, label in zip(read(reader, images), labels)]
+    right = [text == label.replace(" ", "") for text, label in zip(read(shipped, images), labels)]
     assert np.mean(right) >= 0.4
 
 

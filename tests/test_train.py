@@ -9,11 +9,10 @@ from unittest.mock import Mock
 import pandas as pd
 import pytest
 import torch
-from conftest import FONT, ROOT, line_image, make_script, write_csv
+from conftest import FONT, ROOT, line_image, script_in, write_csv
 from PIL import Image
 
 import crnn
-import train_crnn
 from crnn import CRNN, Charset, InputError, load_checkpoint, load_image
 
 TEXTS = ["cat", "dog", "7+5", "007", "NA", "llama", "null", "1e5", "up", "$9.50", "a b", "42"]
@@ -37,12 +36,10 @@ def tiny(train, tmp_path):
 def trained(tmp_path_factory):
     """The folder of a model that tiny has trained: crnn.pth, and crnn.resume.pth beside it."""
     folder = tmp_path_factory.mktemp("trained")
+    tiny_data(folder / "datasets")
     with pytest.MonkeyPatch.context() as patch:
-        paths = dict(DATA_CSV=tiny_data(folder / "data"), MODEL_PATH=str(folder / "crnn.pth"))
-        script = make_script(train_crnn, patch, **paths)
-        script.set(write_history=Mock())
-        script.main()
-    return folder
+        script_in(folder, "train_crnn", patch, write_history=Mock()).main()
+    return folder / "model"
 
 
 @pytest.fixture
@@ -106,7 +103,7 @@ def test_two_processes_learn_what_one_does(by_heart, tmp_path):
 
 
 def test_the_same_seed_gives_the_same_weights(tiny, trained):
-    tiny.set(DATA_CSV=str(trained / "data" / "data.csv"))
+    tiny.set(DATA_CSV=str(trained.parent / "datasets" / "data.csv"))
     tiny.main()
     again = resume_state(folder_of(tiny))
     assert differing(resume_state(trained)["net"], again["net"]) == []
