@@ -124,12 +124,12 @@ def test_few_images_get_more_epochs_and_a_word_of_advice(tiny, capsys, precision
     assert {tensor.dtype for tensor in saved.values()} == {torch.float32}
 
 
-def test_updates_are_made_orthogonal(train):
+@pytest.mark.parametrize("shape", [(3, 24, 60), (3, 60, 24)])  # square ones may keep values near 0
+def test_updates_are_made_orthogonal(train, shape):
     torch.manual_seed(0)
-    for rows, columns in ((24, 60), (60, 24)):  # square ones may keep singular values near 0
-        singular = torch.linalg.svdvals(train.orthogonalize(torch.randn(3, rows, columns)))
-        assert singular.min() > 0.3
-        assert singular.max() < 1.5
+    singular = torch.linalg.svdvals(train.orthogonalize(torch.randn(shape)))
+    assert singular.min() > 0.3
+    assert singular.max() < 1.5
 
 
 def test_every_weight_is_learned_by_one_optimizer(train):
@@ -180,7 +180,8 @@ def test_own_csv_with_two_columns(train, capsys):
     assert Image.open(folder_of(train) / "training_curves.png").width > 800
 
 
-def test_says_which_rows_are_skipped_and_why(train, capsys):
+def test_says_which_rows_are_skipped_and_which_labels_are_never_trained_on(train, capsys):
+    """But not of a text that occurs once: it is there to measure new texts by."""
     folder = Path(train.DATA_CSV).parent
     path = write_csv(folder, TEXTS * 4, split=["train"] * 36 + ["val"] * 12)
     (folder / "half ü.png").write_bytes((folder / "0.png").read_bytes()[:90])
@@ -190,6 +191,7 @@ def test_says_which_rows_are_skipped_and_why(train, capsys):
     bad |= {"0.png": "", "1.png": "caté", "2.png": "l" * 400, "3.png": "a\tb"}
     with open(path, "a", encoding="utf-8") as file:
         file.writelines(f"{name},{label},train\n" for name, label in bad.items())
+        file.write("4.png,lama,val\n5.png,lama,val\n6.png,mall,val\n")
     train.set(MIN_CHARACTER_ROWS=2)
     train.main()
     output = capsys.readouterr().out
@@ -199,6 +201,8 @@ def test_says_which_rows_are_skipped_and_why(train, capsys):
     for particulars in ("missing.png", "half ü.png", "zero.png", "'é' (U+00E9)", "799 frames"):
         assert particulars in output
     assert "é" not in load_checkpoint(train.MODEL_PATH).charset.characters
+    line = "never trained on, as all their images are in val or test: 'lama' (2 images)\n"
+    assert line in output
 
 
 # What stands in the csv, constants, and what is said
@@ -232,45 +236,29 @@ def test_one_line_says_what_is_wrong(train, monkeypatch, content, constants, com
     assert not Path(train.MODEL_PATH).is_file()
 
 
-def test_says_which_labels_are_never_trained_on(train, capsys):
-    """But not of a text that occurs once: it is there to measure new texts by."""
-    texts = ["on", "no", "YES"] * 20 + ["NO"]
-    splits = ["val" if text in ("no", "NO") else "train" for text in texts]
-    write_csv(Path(train.DATA_CSV).parent, texts, split=splits)
-    train.load_rows(*train.read_rows("NO"))
-    line = "never trained on, as all their images are in val or test: 'no' (20 images)\n"
-    assert line in capsys.readouterr().out
-
-
-def test_buckets_hold_every_row_and_without_val_rows_these_stand_in(train, capsys):
+@pytest.mark.parametrize("processes", [1, 2])
+def test_batches_hold_every_row_and_train_rows_may_stand_in(train, monkeypatch, capsys, processes):
+    """Where there are no val rows."""
     folder = write_csv(Path(train.DATA_CSV).parent, TEXTS, split="train").parent
     rows, charset = train.read_rows("")
     buckets, val, test = train.load_rows(rows, charset)
     assert "no val rows" in capsys.readouterr().out
     assert (len(val), len(test)) == (len(TEXTS), 0)
-    labels = []
-    for pixels, target, length in (row for bucket in buckets for row in bucket):
-        labels.append(charset.decode(target[:length].tolist()))
-        image = load_image(folder / f"{TEXTS.index(labels[-1])}.png")
-        assert torch.equal(pixels[0], crnn.pad(image))
-    assert sorted(labels) == sorted(TEXTS)
-
-
-@pytest.mark.parametrize("processes", [1, 2])
-def test_batches_cover_an_epoch_once(tiny, monkeypatch, processes):
-    buckets, _, _ = tiny.load_rows(*tiny.read_rows(""))
-    tiny.set(BATCH_SIZE=4)
+    train.set(BATCH_SIZE=4)
     monkeypatch.setenv("WORLD_SIZE", str(processes))
-    seen, numbers = [], []
+    labels, sizes = [], []
     for rank in range(processes):
         monkeypatch.setenv("RANK", str(rank))
-        batches = list(tiny.shuffle_batches(buckets, torch.Generator().manual_seed(0)))
-        seen += [(id(bucket), i) for bucket, indices in batches for i in indices.tolist()]
-        numbers.append([(id(bucket), len(indices)) for bucket, indices in batches])
-    assert len(set(seen)) == sum(map(len, buckets))
-    assert processes > 1 or len(seen) == len(set(seen))
-    assert max(length for _, length in numbers[0]) <= 4 // processes
-    assert [place for place, _ in numbers[0]] == [place for place, _ in numbers[-1]]  # in step
+        batches = list(train.shuffle_batches(buckets, torch.Generator().manual_seed(0)))
+        sizes.append([(id(bucket), len(indices)) for bucket, indices in batches])
+        for pixels, target, length in (row for b, indices in batches for row in zip(*b[indices])):
+            labels.append(charset.decode(target[:length].tolist()))
+            image = load_image(folder / f"{TEXTS.index(labels[-1])}.png")
+            assert torch.equal(pixels[0], crnn.pad(image))
+    assert set(labels) == set(TEXTS)
+    assert processes > 1 or len(labels) == len(TEXTS)
+    assert max(size for _, size in sizes[0]) <= 4 // processes
+    assert [bucket for bucket, _ in sizes[0]] == [bucket for bucket, _ in sizes[-1]]  # in step
 
 
 # ---- stopping and resuming
@@ -300,12 +288,13 @@ FAULTS = dict(missing="cannot be used", damaged="cannot be used", other="other d
 
 @pytest.mark.parametrize("fault, complaint", FAULTS.items())
 def test_nothing_to_resume(former, trained, fault, complaint):
-    state = (trained / "crnn.resume.pth").read_bytes()
-    if fault != "missing":
-        content = b"half of it" if fault == "damaged" else state
-        (folder_of(former) / "crnn.resume.pth").write_bytes(content)
+    path = folder_of(former) / "crnn.resume.pth"
+    if fault == "other":
+        shutil.copy(trained / path.name, path)
+    elif fault == "damaged":
+        path.write_bytes(b"half of it")
     former.set(RESUME=True, EPOCHS=3)
-    with pytest.raises(InputError, match=f"crnn.resume.pth .*{complaint}.* set RESUME = False"):
+    with pytest.raises(InputError, match=f"{path.name} .*{complaint}.* set RESUME = False"):
         former.main()
 
 
