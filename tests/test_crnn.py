@@ -610,16 +610,6 @@ def test_an_unusable_file_is_named_in_one_line(tmp_path, monkeypatch, name):
         assert crnn.try_load(path) == (None, str(error.value))
 
 
-def test_a_failed_write_leaves_the_former_file(tmp_path):
-    path = tmp_path / "a.txt"
-    path.write_text("former")
-    with pytest.raises(OSError, match="disk full"), crnn.whole_file(path) as temporary:
-        temporary.write_text("half")
-        raise OSError("disk full")
-    assert path.read_text() == "former"
-    assert list(tmp_path.iterdir()) == [path]
-
-
 def test_awkward_labels_survive(tmp_path):
     rows = pd.DataFrame(dict(image_path="a.png", label=AWKWARD, source="x", split="train"))
     crnn.write_labels(rows, tmp_path / "data.csv")

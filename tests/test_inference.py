@@ -79,11 +79,14 @@ def test_readings_are_kept_when_nobody_reads_what_is_printed(infer, line, monkey
     assert len(predictions(infer)) == show.call_count == 1
 
 
-def test_reads_images_folders_and_csv(infer, line, tmp_path, capsys):
+def test_images_folders_and_csv_are_read_into_rows_and_json_lines(infer, line, tmp_path, capsys):
     labels, folder = ["cat", "NA", "007", "it's"], tmp_path / "my forms"
     path = write_csv(folder, labels, name="own.csv")
     line_image("single").save(tmp_path / "single.PNG")
-    assert infer.main([str(tmp_path / "single.PNG"), str(folder), str(path)]) == 0
+    (tmp_path / "bad.png").write_bytes(b"bad")
+    infer.set(PREDICTIONS_JSONL=str(tmp_path / "predictions.jsonl"))
+    files = tmp_path / "bad.png", tmp_path / "single.PNG", folder, path
+    assert infer.main(list(map(str, files))) == 1  # since one is bad
     output, rows = capsys.readouterr().out, predictions(infer)
     assert list(rows) == infer.COLUMNS
     assert list(rows.label) == [""] * 5 + labels
@@ -93,6 +96,15 @@ def test_reads_images_folders_and_csv(infer, line, tmp_path, capsys):
     block = r"^Image: (.+)\nGround Truth: (.+)\nPredicted   : .*  \(confidence \d\.\d\d.*\)\n\n"
     shown = [((folder / f"{i}.png").as_posix(), label) for i, label in enumerate(labels)]
     assert re.findall(block, output, re.M) == shown
+    text = (tmp_path / "predictions.jsonl").read_text(encoding="utf-8")
+    records = list(map(json.loads, text.splitlines()))
+    for column in ("label", "prediction"):
+        assert [record[column] for record in records] == list(rows[column])
+    for record in records:
+        assert "".join(c["character"] for c in record["characters"]) == record["prediction"]
+        for c in record["characters"]:
+            assert 0 <= c["left"] <= c["right"] <= 1
+            assert 0 <= c["confidence"] <= 1
 
 
 def test_the_test_rows_are_spread_evenly(infer, checkpoint, tmp_path):
@@ -237,22 +249,6 @@ def test_help_is_the_docstring(infer, capsys):
 
 
 # ---- results
-def test_programs_get_a_line_per_image(infer, checkpoint, tmp_path):
-    path = write_csv(tmp_path / "own", ["cat", "NA"], name="own.csv")
-    (tmp_path / "own" / "bad.png").write_bytes(b"bad")
-    infer.set(PREDICTIONS_JSONL=str(tmp_path / "predictions.jsonl"))
-    infer.main([str(tmp_path / "own" / "bad.png"), str(path)])
-    text = (tmp_path / "predictions.jsonl").read_text(encoding="utf-8")
-    lines, rows = list(map(json.loads, text.splitlines())), predictions(infer)
-    assert [line["label"] for line in lines] == ["cat", "NA"]
-    assert [line["prediction"] for line in lines] == list(rows.prediction)
-    for line in lines:
-        assert "".join(c["character"] for c in line["characters"]) == line["prediction"]
-        for c in line["characters"]:
-            assert 0 <= c["left"] <= c["right"] <= 1
-            assert 0 <= c["confidence"] <= 1
-
-
 def test_an_interrupted_run_leaves_the_former_results(infer, checkpoint, tmp_path, monkeypatch):
     path = write_csv(tmp_path / "own", ["one", "two", "three"], name="own.csv")
     infer.set(CHUNK=2, PREDICTIONS_JSONL=str(tmp_path / "predictions.jsonl"))
