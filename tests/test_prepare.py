@@ -7,6 +7,7 @@ import re
 import shutil
 import socket
 import time
+from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from multiprocessing import get_context
@@ -26,7 +27,6 @@ import prepare_ocr_dataset
 from crnn import InputError, load_image, read_labels
 
 SPLITS = "train", "val", "test"
-TYPED = ["trdg_custom", "synthetic_math", "handwriting"]  # the sources that fonts draw
 FORK = pytest.mark.skipif(os.name == "nt", reason="Windows cannot fork")
 
 
@@ -38,27 +38,19 @@ def strokes_like(text, height):
     return [np.concatenate([line, line[:1]])[:, 0].astype(int) for line in outlines]
 
 
-def fake_unipen(datasets):
-    """A compact file of pen strokes, as of 40 writers who wrote all that UNIPEN has."""
-    texts = [chr(code) for code in range(33, 127)] + ["hello", "seven years", "Pkg", "no. 7"]
-    drawn = [strokes_like(text, 128 if len(text) == 1 else 90) for text in texts]
-    inks = [np.concatenate(strokes) for strokes in drawn]
-    steps = np.concatenate([np.diff(ink, axis=0, prepend=0) for ink in inks]).astype(np.int16)
-    points = np.uint16([len(stroke) for strokes in drawn for stroke in strokes])
-    strokes = np.uint16([len(strokes) for strokes in drawn])
-    writers = "\n".join(f"abc/{i}" for i in range(40) for _ in texts)
-    arrays = dict(steps=np.tile(steps, (40, 1)), points=np.tile(points, 40))
-    arrays |= dict(strokes=np.tile(strokes, 40), writers=writers, labels="\n".join(texts * 40))
-    (datasets / "unipen").mkdir()
-    np.savez(datasets / "unipen" / "strokes.npz", **arrays)
-
-
 @pytest.fixture(scope="session")
 def downloads(tmp_path_factory):
-    """A folder with made-up EMNIST and UNIPEN, their characters like printed ones."""
-    folder = tmp_path_factory.mktemp("downloads")
+    """A folder with made-up EMNIST and UNIPEN, as of 40 people, their characters like printed."""
+    folder, people = tmp_path_factory.mktemp("downloads"), [f"abc/{i}" for i in range(40)]
     fake_emnist(folder)
-    fake_unipen(folder)
+    texts = [chr(code) for code in range(33, 127)] + ["hello", "seven years", "Pkg", "no. 7"]
+    inks = [strokes_like(text, 128 if len(text) == 1 else 90) for text in texts]
+    written = prepare_ocr_dataset.Written
+    samples = [written(*each, writer) for writer in people for each in zip(inks, texts)]
+    with pytest.MonkeyPatch.context() as patch:
+        parsed = [(samples, Counter())]  # of one contributor, with nothing skipped
+        patch.setattr(prepare_ocr_dataset, "process_map", lambda *_, **__: parsed)
+        prepare_ocr_dataset.parse_unipen(folder, folder / "unipen" / "strokes.npz")
     return folder
 
 
@@ -162,7 +154,8 @@ def test_a_charset_narrow_or_wide_is_drawn(prepare, few_fonts):
     prepare.find_fonts.cache_clear()
     prepare.set(CHARSET=usual + "äöüé€")
     assert set("äöüé€") <= fonts_by_name(prepare)["poppins-400.woff2"].characters
-    drawn = [prepare.sample(source, i)[1] for source in TYPED for i in range(60)]
+    typed = "trdg_custom", "synthetic_math", "handwriting"  # the sources that fonts draw
+    drawn = [prepare.sample(source, i)[1] for source in typed for i in range(60)]
     assert set("äöüé") & set("".join(drawn))
     texts = [prepare.pick_text("printed", "train")[0] for _ in range(8000)]
     assert set("äöüé€") <= {text for text in texts if len(text) == 1}
