@@ -332,19 +332,6 @@ def test_workers_change_nothing(prepare, few_fonts, downloads, tmp_path, way):
     assert contents(tmp_path / "two") == one
 
 
-@FORK
-def test_a_forked_worker_draws_a_wide_line(prepare, few_fonts):
-    """Torch's threads, which wide images wake, would wait for ever in a forked process."""
-    wide = np.pad(np.zeros((20, 2600), np.uint8), 10, constant_values=255)
-    assert int((load_image(wide) < 128).sum()) > 0  # they are awake here
-    prepare.set(draw=lambda *arguments: wide)
-    process = get_context("fork").Process(target=prepare.sample, args=["trdg_custom", 0])
-    process.start()
-    process.join(60)
-    process.kill()
-    assert process.exitcode == 0
-
-
 STOPS = [(0, KeyboardInterrupt, 12 - 6), (1, OSError(28, "No space left"), 12 - 3)]
 
 

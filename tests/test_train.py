@@ -102,13 +102,6 @@ def test_two_processes_learn_what_one_does(by_heart, tmp_path):
     assert re.search(r"custom +32 +(100|9\d)\.", output)  # every test row is read once
 
 
-def test_the_same_seed_gives_the_same_weights(tiny, trained):
-    tiny.set(DATA_CSV=str(trained.parent / "datasets" / "data.csv"))
-    tiny.main()
-    again = resume_state(folder_of(tiny))
-    assert differing(resume_state(trained)["net"], again["net"]) == []
-
-
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_few_images_get_more_epochs_and_a_word_of_advice(tiny, capsys, precision):
     """In both precisions, of which the file has only one."""
