@@ -271,7 +271,6 @@ REMEDIES = [
     ("ONNX_PATH", "model.onnx", "pip install onnx onnxscript"),
     ("PREDICTIONS_CSV", "empty", "PREDICTIONS_CSV = .*empty' is no file"),
     ("argument", "empty", "no images to read"),
-    ("argument", "bad.csv", "no column label"),
 ]
 
 
