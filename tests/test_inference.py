@@ -84,7 +84,7 @@ def test_images_folders_and_csv_are_read_into_rows_and_json_lines(infer, line, t
     path = write_csv(folder, labels, name="own.csv")
     line_image("single").save(tmp_path / "single.PNG")
     (tmp_path / "bad.png").write_bytes(b"bad")
-    infer.set(PREDICTIONS_JSONL=str(tmp_path / "predictions.jsonl"))
+    infer.set(PREDICTIONS_JSONL=str(tmp_path / "predictions.jsonl"), MIN_CONFIDENCE=0)
     files = tmp_path / "bad.png", tmp_path / "single.PNG", folder, path
     assert infer.main(list(map(str, files))) == 1  # since one is bad
     output, rows = capsys.readouterr().out, predictions(infer)
@@ -92,6 +92,8 @@ def test_images_folders_and_csv_are_read_into_rows_and_json_lines(infer, line, t
     assert list(rows.label) == [""] * 5 + labels
     assert list(rows.source) == [""] * 5 + ["custom"] * 4
     assert re.search(r"^custom +4 ", output, re.M)  # scored by source
+    assert "9 images read, 0 below MIN_CONFIDENCE = 0, 1 skipped" in output
+    assert "please check" not in output  # the README shows one that is marked
     assert len(re.findall(r"^Image: .*\nPredicted   : ", output, re.M)) == 5
     block = r"^Image: (.+)\nGround Truth: (.+)\nPredicted   : .*  \(confidence \d\.\d\d.*\)\n\n"
     shown = [((folder / f"{i}.png").as_posix(), label) for i, label in enumerate(labels)]
@@ -146,15 +148,6 @@ def test_the_readme_shows_what_is_printed(infer, tmp_path, capsys, monkeypatch):
     infer.set(REPORT_DIR="ocr_crnn_model/report", PREDICTIONS_CSV="predictions.csv")
     assert infer.main([path]) == 0
     assert shown.split() == capsys.readouterr().out.split()
-
-
-@pytest.mark.parametrize("least, marked", [(1.1, True), (0, False)])
-def test_low_confidence_is_marked(infer, line, capsys, least, marked):
-    infer.set(MIN_CONFIDENCE=least)
-    infer.main([line])
-    output = capsys.readouterr().out
-    assert ("please check" in output) == marked
-    assert f"1 image read, {int(marked)} below MIN_CONFIDENCE" in output
 
 
 def test_of_a_folder_what_is_no_image_is_named_and_the_rest_is_read(infer, line, tmp_path, capsys):

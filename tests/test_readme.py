@@ -4,8 +4,7 @@ import re
 
 from conftest import ROOT
 
-SCRIPTS = ["crnn.py", "prepare_ocr_dataset.py", "train_crnn.py", "inference_crnn.py"]
-CODE = "".join((ROOT / script).read_text(encoding="utf-8") for script in SCRIPTS)
+CODE = "".join(script.read_text(encoding="utf-8") for script in ROOT.glob("*.py"))
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
 SPANS = set(re.findall(r"`([^`\n]+)`", re.sub(r"```.*?```", "", TEXT, flags=re.S)))
 CONSTANTS = sorted({name for span in SPANS for name in re.findall(r"\b[A-Z]+_[A-Z_]+\b", span)})

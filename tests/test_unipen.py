@@ -100,7 +100,8 @@ def test_samples_are_cut_out_turned_and_brought_to_one_size(prepare, folder, cap
         assert skipped in output
 
 
-def test_a_person_is_on_one_side_of_the_split_whoever_collected_the_writing(prepare, folder):
+def test_a_person_is_on_one_side_of_the_split_whoever_collected_it(prepare, folder, tmp_path):
+    """And the parsed file is the same whatever the number of workers."""
     names = (f"writer{i}" for i in range(10_000))
     sides = {name: [split_of(f"{c}/{name}") for c in ("acme", "beta")] for name in names}
     held_out = next(n for n in sides if split_of(n) == "val" and sides[n] == ["train", "train"])
@@ -108,6 +109,9 @@ def test_a_person_is_on_one_side_of_the_split_whoever_collected_the_writing(prep
         write_unipen(folder, contributor, Ann_Smith_2=f"{held_out}_{i}")
     assert prepare.unipen_is_there()
     assert [len(prepare.people(split).writers) for split in ("train", "val", "test")] == [0, 2, 0]
+    prepare.set(NUM_WORKERS=3)
+    prepare.parse_unipen(folder, tmp_path / "3.npz")
+    assert (folder / "strokes.npz").read_bytes() == (tmp_path / "3.npz").read_bytes()
 
 
 def test_whom_and_what_to_leave_out(prepare, folder):
@@ -120,15 +124,6 @@ def test_whom_and_what_to_leave_out(prepare, folder):
     samples = prepare.load_strokes()
     assert set(samples.writers) == {"beta/Ann_Smith"}
     assert samples.labels.count("l") == prepare.PER_CHARACTER
-
-
-def test_the_file_is_the_same_whatever_the_number_of_workers(prepare, folder, tmp_path):
-    for contributor in ("acme", "beta", "gamma"):
-        write_unipen(folder, contributor)
-    for workers in (1, 3):
-        prepare.set(NUM_WORKERS=workers)
-        prepare.parse_unipen(folder, tmp_path / f"{workers}.npz")
-    assert (tmp_path / "1.npz").read_bytes() == (tmp_path / "3.npz").read_bytes()
 
 
 @pytest.fixture
