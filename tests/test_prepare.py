@@ -409,9 +409,7 @@ def test_images_of_ones_own(prepare, few_fonts, capsys):
 
 
 # ---- what is missing or wrong
-def test_what_cannot_be_used_is_named_and_the_rest_is_drawn(
-    prepare, few_fonts, capsys, monkeypatch
-):
+def test_what_cannot_be_used_is_named_and_left_out(prepare, few_fonts, capsys, monkeypatch):
     """A broken font, one family of handwriting, and a server that never answers, the worst case:
     found out in time, and said once."""
     (Path(prepare.FONTS_DIR) / "broken ü.ttf").write_bytes(b"no font")

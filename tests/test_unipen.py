@@ -155,9 +155,7 @@ def test_unipen_is_downloaded_and_parsed_once(prepare, server):
 
 
 @pytest.mark.parametrize("damage", ["checksum", "record", "server", "files"])
-def test_a_failed_download_is_one_line_that_says_what_to_do(
-    prepare, server, folder, damage, capsys
-):
+def test_a_failed_download_says_what_to_do(prepare, server, folder, damage, capsys):
     text = server.read_text()
     damaged = dict(checksum=text.replace("md5:", "md5:0"), record=text[:40])
     for name in ["data", "include"] if damage == "files" else []:  # unpacked, but nothing in them
