@@ -1230,9 +1230,8 @@ SNAPSHOT = dict(dark=(13, 128), light=(140, 250), grain=(2, 5, 9), jpeg=(20, 75)
 SNAPSHOT |= dict(pale=0.2)
 PLATE = dict(dark=(0, 130), light=(130, 255), grain=(0, 2, 5), inverse=0.5)
 SLIP = dict(dark=(0, 150), light=(195, 255), grain=(0, 2, 6, 14), jpeg=(30, 95))
-DIAL = dict(dark=(0, 140), light=(130, 255), grain=(0, 3, 6), inverse=0.4, jpeg=(20, 90))
-DIAL |= dict(shade=0.3, pale=0.3)
 SIGN = dict(dark=(0, 120), light=(150, 255), grain=(0, 0, 3), inverse=0.6, jpeg=(25, 90), pale=0.15)
+DIAL = SIGN | dict(shade=0.3)
 
 # Effects that several styles share: how often each is at work (1: always), and its settings
 PRESS = (0.4, bold, 0, 0.06)

@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from conftest import ROOT, Script, write_csv
+from conftest import ROOT, WEIGHTS, Script, write_csv
 from peers import READERS
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
@@ -37,7 +37,6 @@ FOLDER = ROOT / "datasets" / "benchmark"  # images, csv files and models of the 
 RESULTS = ROOT / "tests" / "results.csv"  # a row a figure; the newest of a measure counts
 DEFAULT_CSV = ROOT / "datasets" / "data.csv"  # of python prepare_ocr_dataset.py
 FOREIGN = ROOT / "tests" / "foreign"  # images by other programs
-WEIGHTS = ROOT / "ocr_crnn_model" / "pretrained.pth"  # that read, and that the part own starts from
 DRAWING_NUMBER = 40_000  # images of the part drawing
 KILLS = 5  # in drawing, and as many in training
 READING_WORDS = 480  # printed words of about 100 pixels, of the part reading
