@@ -1264,7 +1264,7 @@ STYLES = {
         "sign": Style(6, [(1, stretched), (0.35, arched), *BOARD, FAR], SIGN, "sign"),
         "letter": Style(3, [(0.5, bold, 0, 0.1), (1, framed), *CUT_OUT, *BOARD], SIGN, "large"),
         "display": Style(2, [*SEGMENTS, (1, blur), (0.5, snapped)], DIAL, "display", "dseg"),
-        "counter": Style(1, [*CUT_OUT, *ROLLING, FAR], DIAL, "dial"),
+        "counter": Style(1, [*CUT_OUT, *ROLLING], DIAL, "dial"),
     }
     | EVERYWHERE,
     HANDWRITTEN: {
