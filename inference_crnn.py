@@ -20,7 +20,7 @@ import sys
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext, suppress
-from functools import cache, partial
+from functools import partial
 from glob import glob
 from pathlib import Path
 from typing import NamedTuple
@@ -221,6 +221,20 @@ def show(sample, reading):
     print(f"Predicted   : {reading.text}  (confidence {reading.confidence:.2f}{doubt})\n")
 
 
+def know_each(samples, charset):
+    """The crnn.Known of each of samples: the fields of a form are of few kinds."""
+    known = {("", ""): crnn.know(charset, ALLOWED, LEXICON)}
+    for path, *_, allowed, lexicon in samples:
+        if (allowed, lexicon) in known:
+            continue
+        try:
+            limits = crnn.know(charset, allowed or ALLOWED, lexicon or LEXICON)
+        except InputError as error:
+            raise InputError(f"{path}: {error}") from None
+        known[allowed, lexicon] = limits
+    return [known[sample.allowed, sample.lexicon] for sample in samples]
+
+
 def read_all(samples, model):
     """Read samples, show each, and write PREDICTIONS_JSONL.
 
@@ -229,16 +243,7 @@ def read_all(samples, model):
     """
     import pandas as pd  # here, so that recognize() from Python does not wait for it
 
-    @cache  # the fields of a form are of few kinds
-    def know(allowed, lexicon):
-        return crnn.know(model.charset, allowed or ALLOWED, lexicon or LEXICON)
-
-    known, rows = [], []
-    for sample in samples:
-        try:
-            known.append(know(sample.allowed, sample.lexicon))
-        except InputError as error:
-            raise InputError(f"{sample.image_path}: {error}") from None
+    known, rows = know_each(samples, model.charset), []
     target = whole_file(PREDICTIONS_JSONL) if PREDICTIONS_JSONL else nullcontext(os.devnull)
     with target as temporary, open(temporary, "w", encoding="utf-8", newline="\n") as lines:
         readings = read_each([sample.image_path for sample in samples], model, known)
