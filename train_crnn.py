@@ -89,7 +89,7 @@ def read_rows(known):
     new = sorted(c for c, n in counts.items() if n >= MIN_CHARACTER_ROWS and c not in known)
     new = "".join(filter(str.isprintable, new))  # no tabs, zero-width and others that are not seen
     if not (rows.split == "train").any():
-        raise InputError(f"{DATA_CSV} has no training labels, all fell to val or test: add splits")
+        raise InputError(f"{DATA_CSV} has only val and test labels: add a column split")
     if not known and not new:
         raise InputError(f"{DATA_CSV} has no character in MIN_CHARACTER_ROWS training labels")
     return rows, crnn.Charset(known + new)

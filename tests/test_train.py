@@ -204,7 +204,7 @@ MISTAKES = [
     ("path,label\na,b\n", {}, "{csv} has no column image_path"),
     ("image_path,label,split\na.png,abc,dev\n", {}, "{csv} has the split 'dev'"),
     ("image_path,label,split\na.png,abc,train\n", {}, "{csv} leaves no row to train on"),
-    ("image_path,label,split\na.png,abc,test\n", {}, "{csv} has no training labels, all fell"),
+    ("image_path,label,split\na.png,abc,test\n", {}, "{csv} has only val and test labels"),
     # These are found out first, before the csv is missed
     (None, dict(BATCH_SIZE=32), "BATCH_SIZE = 32: set a multiple of 3"),
     (None, dict(MODEL_PATH=str(ROOT)), "is no file: give it the name of one"),
