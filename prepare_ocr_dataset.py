@@ -421,11 +421,11 @@ def downloading(what, remedy):
 @cache
 def emnist_is_there():
     """Whether the EMNIST files are there, if need be after a download."""
-    from torchvision.datasets import EMNIST as Data
+    from torchvision import datasets
 
     files = "emnist-byclass-{train,test}-{images-idx3,labels-idx1}-ubyte"
-    remedy = f"To use it, unpack {files} from {Data.url} into {DATASETS_DIR}/emnist/EMNIST/raw/"
-    with downloading("EMNIST", remedy):
+    remedy = f"To use it, unpack {files} from {datasets.EMNIST.url} into {DATASETS_DIR}"
+    with downloading("EMNIST", f"{remedy}/emnist/EMNIST/raw/"):
         return all(map(emnist, SPLITS))
     return False
 
@@ -436,9 +436,10 @@ def emnist(split):
 
     And character -> its places among them.
     """
-    from torchvision.datasets import EMNIST as Data
+    from torchvision import datasets
 
-    data = Data(f"{DATASETS_DIR}/emnist", "byclass", train=split != "test", download=True)
+    folder, train = f"{DATASETS_DIR}/emnist", split != "test"
+    data = datasets.EMNIST(folder, split="byclass", train=train, download=True)
     images = data.data.numpy().transpose(0, 2, 1)  # stored transposed -> (n, rows, columns)
     labels = np.array(list(ALPHANUMERIC))[data.targets.numpy()]  # (n,)
     order = np.random.default_rng(SEED).permutation(len(images))
@@ -1434,7 +1435,7 @@ def draw_all(counts):
             chunks.append(Chunk(source, start, min(CHUNK, count - start), mark, csv_path))
     missing = [chunk for chunk in chunks if rows_of(chunk) is None]
     for place in (folder, *(folder / source for source in counts)):
-        for leftover in Path(place).glob(".*.part"):  # of whole_file in a process that was killed
+        for leftover in place.glob(".*.part"):  # of whole_file in a process that was killed
             leftover.unlink(missing_ok=True)
     if missing:  # the labels of the former images
         (folder / "data.csv").unlink(missing_ok=True)
@@ -1458,12 +1459,12 @@ def count_images():
     print(*find_fonts()[1], sep="\n")
     counts = {source: number for source, number in NUM_IMAGES.items() if number}
     # Validation and test need a font family of their own.
-    families = {font.kind for font in find_fonts()[0] if font.held_out}
+    kinds = {font.kind for font in find_fonts()[0] if font.held_out}
     others = {EMNIST: emnist_is_there, STROKES: unipen_is_there}  # perhaps after a download
     for source in list(counts):
         kind, signs = SOURCES[source].kind, SOURCES[source].pen is compose  # EMNIST has none
         for needed in dict.fromkeys([kind, STROKES] if signs else [kind]):
-            if not (others[needed]() if needed in others else needed in families):
+            if not (others[needed]() if needed in others else needed in kinds):
                 needs = f"two families of {needed} in {FONTS_DIR}" if "fonts" in needed else needed
                 print(f"{source} is skipped: it needs {needs}")
                 counts.pop(source, None)
