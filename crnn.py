@@ -367,6 +367,11 @@ def frames_needed(target):
     return len(target) + sum(a == b for a, b in zip(target, target[1:]))
 
 
+def fits(label, image):
+    """Whether an image (HEIGHT, W) has the frames that its label needs."""
+    return frames_needed(label) <= num_frames(image.shape[1])
+
+
 # ---- Network
 def convolution(inputs, outputs, kernel, stride=1, padding=0):
     """Convolution, batch norm, ReLU."""

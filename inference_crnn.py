@@ -339,9 +339,8 @@ def edits(label, prediction):
     ]
 
 
-def summarize(rows):
-    """How well all rows are read: a dict of shares, from 0 to 1."""
-    total = crnn.score_table(rows).iloc[-1]
+def summarize(rows, total):
+    """How well all rows are read, shares from 0 to 1; total: their last row of score_table."""
     return {
         "exact match": total.exact,
         "exact match, any case": (rows.label.str.lower() == rows.prediction.str.lower()).mean(),
@@ -366,13 +365,14 @@ def write_report(rows):
     errors = [edit for pair in zip(rows.label, rows.prediction) for edit in edits(*pair)]
     errors = pd.DataFrame(errors, columns=["label", "read"])
     errors = errors.replace({"": "(nothing)", " ": "(space)"}).value_counts().head(25)
+    scores = crnn.score_table(rows)
     tenths = [min(int(confidence * 10), 9) for confidence in rows.confidence]
     bands = rows.assign(band=[f"{tenth / 10} to {(tenth + 1) / 10}" for tenth in tenths])
     percent = dict.fromkeys(["share", "exact", "±", "CER"], "{:.1%}".format)
     table = partial(pd.DataFrame.to_html, formatters=percent, border=0, index_names=False)
     sections = {
-        "All": table(pd.Series(summarize(rows), name="share").to_frame()),
-        "By source": table(crnn.score_table(rows)),
+        "All": table(pd.Series(summarize(rows, scores.iloc[-1]), name="share").to_frame()),
+        "By source": table(scores),
         "By confidence": table(crnn.score_table(bands, "band")),
         "The most frequent errors": table(errors.reset_index(name="times"), index=False),
         "The surest errors": show_surest_errors(rows),

@@ -105,8 +105,8 @@ def reason_to_skip(label, image, reason, charset):
         return "character in fewer training labels than MIN_CHARACTER_ROWS", unknown[0]
     if image is None:
         return "missing or unreadable image", reason
-    needed, frames = crnn.frames_needed(label), crnn.num_frames(image.shape[1])
-    if needed > frames:
+    if not crnn.fits(label, image):
+        needed, frames = crnn.frames_needed(label), crnn.num_frames(image.shape[1])
         return "label that cannot fit its image", f"it needs {needed} frames, but has {frames}"
     return None, ""
 
@@ -494,6 +494,11 @@ def calibrate(confidences, correct):
 
 
 # ---- Outputs: the model, the state to resume from, history.csv and training_curves.png
+def resume_path():
+    """Where the state after the last complete epoch is."""
+    return Path(MODEL_PATH).with_suffix(".resume.pth")
+
+
 def save_if_best(state, model, exact, cer, rows):
     """Save an epoch that reads the val rows as well as the best before, or the starting weights."""
     if exact < state["best"]:
@@ -513,7 +518,7 @@ def save_if_best(state, model, exact, cer, rows):
 
 def load_state(expected, parts):
     """Put the parts back as they were saved. Returns the state, if its fingerprint is expected."""
-    path, remedy = Path(MODEL_PATH).with_suffix(".resume.pth"), "set RESUME = False to start anew"
+    path, remedy = resume_path(), "set RESUME = False to start anew"
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
         if saved["fingerprint"] != expected:
@@ -578,7 +583,7 @@ def end_epoch(state, net, parts, losses, started, val, rows, epochs):
     state["history"].append(facts)
     save_if_best(state, model, exact, cer, rows)
     saved = {name: part.state_dict() for name, part in dict(parts, net=net).items()}
-    crnn.save_tensors(Path(MODEL_PATH).with_suffix(".resume.pth"), state | saved)
+    crnn.save_tensors(resume_path(), state | saved)
     write_history(state["history"], curves=shown)
 
 

@@ -187,6 +187,13 @@ def test_polarity_does_not_matter(text):
     assert load_image(grey).float().mean() > 128
 
 
+def test_colours_that_differ_in_luminance_turn_grey_as_usual():
+    toned = ImageOps.colorize(R7, "#203060", "#f0e0b0")
+    noise = np.random.default_rng(0).integers(220, 250, (40, 90, 3), dtype=np.uint8)
+    for image in (toned, Image.fromarray(noise)):
+        assert crnn.rgb_to_grey(image) == image.convert("L")
+
+
 PLACES = [(200, y) for y in range(100, 2100, 100)]
 PAGE = paper((1600, 2200), "a line of the page", *PLACES, height=50)
 REFUSED = [
