@@ -452,6 +452,14 @@ def folded(model):
     return model.to(memory_format=torch.channels_last)
 
 
+def usable_device(name):
+    """The torch.device of that name. InputError: there is none here."""
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"DEVICE = {name!r}: set cpu ({str(error).splitlines()[0]})") from None
+
+
 def compute_dtype(device_type, precision=None):
     """The dtype of that name; None: bfloat16 where the hardware computes in it, else the best."""
     if precision:
@@ -863,6 +871,7 @@ def load_checkpoint(path, device="cpu", learn=False):
     remedy = "run python train_crnn.py first, or set MODEL_PATH (INIT_WEIGHTS) to another"
     if not Path(path).is_file():
         raise InputError(f"no {path}: {remedy}, or start in the project's folder")
+    device = usable_device(device)
     try:
         content = torch.load(path, map_location=device, weights_only=True)  # runs no code of it
         if content["format"] != CHECKPOINT_FORMAT:

@@ -22,6 +22,7 @@ import zlib
 from collections import Counter, defaultdict, namedtuple
 from concurrent.futures import ProcessPoolExecutor
 from functools import cache, lru_cache, partial
+from glob import glob
 from importlib.metadata import version
 from pathlib import Path
 from random import choice, gauss, randint, uniform
@@ -472,9 +473,10 @@ def unipen_is_there():
     strokes = folder / "strokes.npz"
     if not strokes.exists():
         with downloading("UNIPEN", f"To use it, unpack {page} into {folder.as_posix()}/"):
-            if not any(folder.rglob("data/7")):  # anywhere below, as somebody has unpacked it
+            anywhere = f"{folder.as_posix()}/**/data/7"  # as somebody has unpacked or linked it
+            if not glob(anywhere, recursive=True):
                 download_unipen(folder)
-            parse_unipen(min(folder.rglob("data/7")).parents[1], strokes)
+            parse_unipen(Path(min(glob(anywhere, recursive=True))).parents[1], strokes)
     return strokes.exists()
 
 

@@ -465,7 +465,9 @@ def train_epoch(net, parts, buckets, epoch, epochs):
 
 def read(model, rows):
     """Read the images of rows. Returns rows with the columns prediction and confidence."""
-    readings = crnn.read_images(crnn.folded(model), list(rows.image), 48)
+    model, images, readings = crnn.folded(model), list(rows.image), []
+    for start in range(0, len(images), 1024):  # the logits of what is read at once are in memory
+        readings += crnn.read_images(model, images[start : start + 1024], 48)
     predictions, confidences = [r.text for r in readings], [r.confidence for r in readings]
     return rows.drop(columns="image").assign(prediction=predictions, confidence=confidences)
 
@@ -591,7 +593,7 @@ def start_processes():
     """Join the other processes, if any. Returns the device of this one."""
     if BATCH_SIZE < 1 or BATCH_SIZE % world_size():
         raise InputError(f"BATCH_SIZE = {BATCH_SIZE}: set a multiple of {world_size()} processes")
-    device = torch.device(DEVICE)
+    device = crnn.usable_device(DEVICE)
     if world_size() > 1 and device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)

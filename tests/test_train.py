@@ -207,6 +207,7 @@ MISTAKES = [
     ("image_path,label,split\na.png,abc,test\n", {}, "{csv} has only val and test labels"),
     # These are found out first, before the csv is missed
     (None, dict(BATCH_SIZE=32), "BATCH_SIZE = 32: set a multiple of 3"),
+    (None, dict(DEVICE="abacus"), "DEVICE = 'abacus': set cpu"),
     (None, dict(MODEL_PATH=str(ROOT)), "is no file: give it the name of one"),
     (None, dict(MODEL_PATH=FONT + "/crnn.pth"), "DejaVuSans.ttf"),
     (None, dict(MODEL_PATH=FONT + "/deeper/crnn.pth"), "DejaVuSans.ttf"),
