@@ -57,7 +57,7 @@ LOW_LINE, USUAL_LINE = 0.36, 0.45  # text lower than 36 % of the height is zoome
 # How it is read
 SECOND_LOOK = 0.6  # confidence (not calibrated) below which an image is looked at in other ways
 SHORTLIST = 50  # texts of a lexicon, the nearest to what is read, among which the network chooses
-DOUBT = 1.5  # how much less likely, in nats a character, a text is that the lexicon lacks
+DOUBT = 2.0  # how much less likely, in nats a character, a text is that the lexicon lacks
 MIN_ALTERNATIVE = 0.02  # probability below which an alternative is not reported
 MAX_ASPECT = 256  # width over height beyond which an image is no line (400 characters have 200)
 
@@ -558,7 +558,7 @@ def mean_log_probability(looks, targets):
     """The log of the probability of each text, on average over some Looks: (texts,)."""
     scores = []
     for look in looks:
-        log_probs = look.logits.log_softmax(1)[:, None].expand(-1, len(targets), -1)
+        log_probs = look.log_probs[:, None].expand(-1, len(targets), -1)  # (T, texts, C)
         scores.append(text_log_probability(log_probs, targets))  # (texts,)
     return torch.stack(scores).logsumexp(0) - math.log(len(looks))  # (texts,)
 
@@ -577,7 +577,7 @@ class Known(NamedTuple):
     # (C,): the class to which the probability of each is added, C being none; None: each to itself
     taken_for: torch.Tensor | None = None
     lexicon: tuple = ()  # the texts it can show; none: any
-    lowered: tuple = ()  # the same in small letters: on signs a word may be in capitals
+    lowered: tuple = ()  # the same in small letters
 
 
 def know(charset, allowed=None, lexicon=None):
@@ -624,23 +624,39 @@ def read_lexicon(lexicon):
 def find_in_lexicon(looks, charset, reading, known):
     """The Reading of the likeliest of known texts in some Looks (Shi et al. 2015, part 2.3).
 
-    reading: what is read in them without the lexicon.
+    In capitals or small letters, since people write PARIS where a list has Paris: case only tells
+    texts apart that differ by it alone. reading: what is read in them without the lexicon.
     """
     nearest = dict(scorer=Levenshtein.distance, limit=SHORTLIST)
     nearest = process.extract(reading.text.lower(), known.lowered, **nearest)
-    texts = [known.lexicon[i] for *_, i in nearest]
+    lowered, _, places = zip(*nearest)
+    texts = [known.lexicon[i] for i in places]
     targets = [charset.encode(text) for text in (*texts, reading.text)]
-    scores = mean_log_probability(looks, targets)  # (texts + 1,)
-    best = int(scores[:-1].argmax())
+    *as_written, other = mean_log_probability(looks, targets)
+    any_case = [look._replace(log_probs=add_cases(look.log_probs, charset)) for look in looks]
+    twins = torch.tensor([[a == b for b in lowered] for a in lowered])  # (texts, texts)
+    shares = torch.stack(as_written).where(twins, -math.inf).log_softmax(1).diagonal()  # (texts,)
+    scores = mean_log_probability(any_case, targets[:-1]) + shares.nan_to_num()  # (texts,)
+    best = int(scores.argmax())
     if scores[best] == -math.inf:  # all are too long
         return reading._replace(text="", confidence=0.0, characters=[], unrestricted=reading.text)
     # What was read is one more text, unless the lexicon has it: an image may show something else.
-    scores[-1] -= math.inf if reading.text in texts else DOUBT * max(1, len(reading.text))
+    length, listed = min(len(texts[best]), len(reading.text)), nearest[0][1] == 0
+    other -= math.inf if listed else DOUBT * max(1, length)
+    scores = torch.cat([scores, other[None]])  # (texts + 1,)
     confidence = float(scores.softmax(0)[best])
-    log_probs, width = looks[0].logits.log_softmax(1), looks[0].width
-    peaks = align(log_probs, targets[best])
-    chosen = make_reading(charset, log_probs, targets[best], peaks, width, confidence)
-    return chosen._replace(unrestricted=reading.text)
+    peaks = align(any_case[0].log_probs, targets[best])
+    details = targets[best], peaks, looks[0].width, confidence
+    return make_reading(charset, looks[0].log_probs, *details)._replace(unrestricted=reading.text)
+
+
+def add_cases(log_probs, charset):
+    """log_probs (T, C) with that of either case for every letter, so that they add up to more."""
+    nothing = charset.num_classes  # where there is no other case
+    others = [charset.index.get(c.swapcase(), nothing) for c in charset.characters]
+    others = [i if i != own else nothing for own, i in enumerate(others, start=1)]
+    padded = F.pad(log_probs, (0, 1), value=-math.inf)  # (T, C + 1)
+    return torch.logaddexp(log_probs, padded[:, [nothing, *others]])  # (T, C)
 
 
 def align(log_probs, target):
@@ -662,7 +678,7 @@ class Look(NamedTuple):
     """What the network sees in an image, looked at in one way."""
 
     reading: Reading
-    logits: torch.Tensor  # (T, C)
+    log_probs: torch.Tensor  # (T, C)
     width: float  # of the image in frames, without its padding
 
 
@@ -674,11 +690,12 @@ def read_images(model, images, batch_size, known=None):
     known = known or [Known()] * len(images)
     looks = [[look] for look in look_at(model, images, batch_size, known)]  # of each image
     unsure = [i for i, (look,) in enumerate(looks) if look.reading.confidence < SECOND_LOOK]
-    for change in SECOND_LOOKS:
-        again = {i: image for i in unsure if (image := change(images[i])) is not None}
-        others = look_at(model, list(again.values()), batch_size, [known[i] for i in again])
-        for i, look in zip(again, others):
-            looks[i].append(look)
+    # All other ways at once, for larger batches
+    views = [(i, change(images[i])) for change in SECOND_LOOKS for i in unsure]
+    views = [(i, view) for i, view in views if view is not None]
+    others = look_at(model, [v for _, v in views], batch_size, [known[i] for i, _ in views])
+    for (i, _), look in zip(views, others):
+        looks[i].append(look)
     return [choose_reading(model, *each) for each in zip(images, looks, known)]
 
 
@@ -702,7 +719,7 @@ def look_at(model, images, batch_size, known):
                 logits[:, n] = sums[:, :-1].log()  # (T, C)
         widths = [images[i].shape[1] / PIXELS_PER_FRAME for i in batch]
         readings = greedy_decode(logits, model.charset, widths)
-        for i, *look in zip(batch, readings, logits.unbind(1), widths):
+        for i, *look in zip(batch, readings, logits.log_softmax(2).unbind(1), widths):
             looks[i] = Look(*look)
     return looks
 

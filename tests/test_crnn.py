@@ -458,6 +458,20 @@ def test_only_what_is_allowed_is_read(shipped):
     assert capitals.text == "TOTAL"
 
 
+def test_a_text_of_the_lexicon_may_be_written_in_capitals(shipped):
+    """And Polish is told from polish where the lexicon has both."""
+    images = lines("PARIS", "paris", "Polish", "POLISH", "polish")
+    known = crnn.know(shipped.charset, lexicon=["Paris", "Polish", "polish", "Berlin"])
+    readings = read_images(shipped, images, 8, [known] * 5)
+    texts = [reading.text for reading in readings]
+    assert texts[:3] == ["Paris", "Paris", "Polish"] and texts[4] == "polish"
+    assert texts[3].lower() == "polish"
+    assert all(reading.confidence > 0.9 for reading in readings[:3])
+    assert readings[0].unrestricted == "PARIS"
+    without = crnn.know(shipped.charset, lexicon=["Perils", "Berlin"])
+    assert read_images(shipped, images[:1], 8, [without])[0].confidence < 0.5
+
+
 def test_a_lexicon_is_read_by_and_what_it_lacks_is_doubted(shipped, tmp_path, capsys):
     images, path = lines("Serial", "Abbott", "Total"), tmp_path / "texts.txt"
     path.write_text("Seria1\n\nAbbot\nTotal \nSérial\nOther\n", encoding="utf-8")
