@@ -632,18 +632,20 @@ def find_in_lexicon(looks, charset, reading, known):
     lowered, _, places = zip(*nearest)
     texts = [known.lexicon[i] for i in places]
     targets = [charset.encode(text) for text in (*texts, reading.text)]
-    *as_written, other = mean_log_probability(looks, targets)
     any_case = [look._replace(log_probs=add_cases(look.log_probs, charset)) for look in looks]
-    twins = torch.tensor([[a == b for b in lowered] for a in lowered])  # (texts, texts)
-    shares = torch.stack(as_written).where(twins, -math.inf).log_softmax(1).diagonal()  # (texts,)
-    scores = mean_log_probability(any_case, targets[:-1]) + shares.nan_to_num()  # (texts,)
+    scores = mean_log_probability(any_case, targets[:-1])  # (texts,)
+    if len(set(lowered)) < len(lowered):  # a text's share among its twins, as they are written
+        twins = torch.tensor([[a == b for b in lowered] for a in lowered])  # (texts, texts)
+        as_written = mean_log_probability(looks, targets[:-1]).where(twins, -math.inf)
+        scores += as_written.log_softmax(1).diagonal().nan_to_num()
     best = int(scores.argmax())
     if scores[best] == -math.inf:  # all are too long
         return reading._replace(text="", confidence=0.0, characters=[], unrestricted=reading.text)
     # What was read is one more text, unless the lexicon has it: an image may show something else.
     length, listed = min(len(texts[best]), len(reading.text)), nearest[0][1] == 0
+    other = mean_log_probability(looks, targets[-1:])  # (1,)
     other -= math.inf if listed else DOUBT * max(1, length)
-    scores = torch.cat([scores, other[None]])  # (texts + 1,)
+    scores = torch.cat([scores, other])  # (texts + 1,)
     confidence = float(scores.softmax(0)[best])
     peaks = align(any_case[0].log_probs, targets[best])
     details = targets[best], peaks, looks[0].width, confidence
