@@ -119,6 +119,9 @@ class Charset:
         self.characters = characters
         self.index = {c: i for i, c in enumerate(characters, start=1)}
         self.num_classes = len(characters) + 1  # with the blank
+        swapped = [self.index.get(c.swapcase() if c.swapcase() != c else "") for c in characters]
+        # Of each class that of its other case, where there is one: A's for a; else num_classes
+        self.other_case = [i or self.num_classes for i in (None, *swapped)]
 
     def encode(self, label):
         """The classes of a label, ints from 1. InputError names a character it does not hold."""
@@ -654,11 +657,8 @@ def find_in_lexicon(looks, charset, reading, known):
 
 def add_cases(log_probs, charset):
     """log_probs (T, C) with that of either case for every letter, so that they add up to more."""
-    nothing = charset.num_classes  # where there is no other case
-    others = [charset.index.get(c.swapcase(), nothing) for c in charset.characters]
-    others = [i if i != own else nothing for own, i in enumerate(others, start=1)]
     padded = F.pad(log_probs, (0, 1), value=-math.inf)  # (T, C + 1)
-    return torch.logaddexp(log_probs, padded[:, [nothing, *others]])  # (T, C)
+    return torch.logaddexp(log_probs, padded[:, charset.other_case])  # (T, C)
 
 
 def align(log_probs, target):
