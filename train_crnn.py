@@ -33,7 +33,6 @@ from crnn import BLANK, CRNN, InputError, rank, whole_file, world_size
 DATA_CSV = "datasets/data.csv"  # image_path,label and perhaps source,split; paths from its folder
 MODEL_PATH = "ocr_crnn_model/crnn.pth"  # the best epoch; the state to resume from is beside it
 INIT_WEIGHTS = None  # None: from nothing; "ocr_crnn_model/pretrained.pth": fine-tune these weights
-GROW = {}  # of INIT_WEIGHTS, such as dict(row_blocks=(1, 2)): new blocks change nothing at first
 RESUME = False  # continue after the last complete epoch, with the same data and constants
 MIN_CHARACTER_ROWS = 3  # a character in fewer training labels is treated as a typo
 
@@ -355,16 +354,10 @@ def make_model(charset):
     if not INIT_WEIGHTS:
         sizes = {name: recipe()[name] for name in ("channels", "hidden", "blocks", "row_blocks")}
         return CRNN(charset, dropout=DROPOUT, **sizes)
-    start = crnn.load_checkpoint(INIT_WEIGHTS, learn=True).float()
-    model = CRNN(charset, dropout=DROPOUT, **(start.architecture | GROW))
+    start = crnn.load_checkpoint(INIT_WEIGHTS, learn=True)
+    model, known = CRNN(charset, dropout=DROPOUT, **start.architecture), start.charset.index
+    model.cnn.load_state_dict(start.cnn.state_dict())
     model.lstm.load_state_dict(start.lstm.state_dict())
-    layers, known = [layer.state_dict() for layer in start.cnn], start.charset.index
-    for layer in model.cnn:  # those that the start has, in order: a new block fits none of them
-        shapes = {name: tensor.shape for name, tensor in layer.state_dict().items()}
-        if layers and shapes == {name: tensor.shape for name, tensor in layers[0].items()}:
-            layer.load_state_dict(layers.pop(0))
-    if layers:
-        raise InputError(f"GROW = {GROW} does not hold the network of {INIT_WEIGHTS}: add blocks")
     with torch.no_grad():
         for new, old in zip(model.linear.parameters(), start.linear.parameters()):
             new[BLANK] = old[BLANK]  # (C,) or (C, D), of both charsets

@@ -363,20 +363,6 @@ def test_fine_tuning_keeps_the_size_and_the_averages(tiny, trained, capsys):
     assert [name for name in same if "num_batches" not in name] == []
 
 
-def test_fine_tuning_can_grow_the_network(tiny, trained):
-    """New blocks change nothing at first: the starting weights go on learning with them."""
-    tiny.set(INIT_WEIGHTS=str(trained / "crnn.pth"), GROW=dict(row_blocks=(1, 2), blocks=1))
-    start = load_checkpoint(tiny.INIT_WEIGHTS, learn=True).eval()
-    grown = tiny.make_model(start.charset).eval()
-    assert len(grown.cnn) == len(start.cnn) + 4
-    ink = torch.rand(2, 1, crnn.HEIGHT, 60)
-    assert torch.equal(grown(ink), start(ink))
-    crnn.save_checkpoint(trained / "grown.pth", grown)
-    tiny.set(INIT_WEIGHTS=str(trained / "grown.pth"), GROW=dict(blocks=0))
-    with pytest.raises(InputError, match="does not hold the network"):
-        tiny.make_model(start.charset)
-
-
 def test_norms_are_frozen_at_the_statistics_of_the_average(train):
     train.set(FROM_NOTHING=train.FROM_NOTHING | dict(frozen_norms=0.25))
     model, average = (CRNN(Charset("ab"), (8, 16, 24, 32), 16).train() for _ in range(2))
