@@ -1048,7 +1048,7 @@ def snapped(ink):
 
 
 def arched(ink):
-    """Along an arc, as on a badge, at its top or beside it; some like a valley."""
+    """Along an arc, as on a badge, at its top or beside it; some like a valley, some on a ring."""
     (h, w), bend = ink.shape, uniform(0.15, 0.8)  # radians from the middle to either end
     radius, turn = max(h, w / 2 / bend), choice([0, 0, uniform(-0.7, 0.7)])  # turn: from the top
     inner, outer, bend = radius - h / 2, radius + h / 2, w / 2 / radius
@@ -1057,9 +1057,12 @@ def arched(ink):
     x = np.arange(ends.min(), ends.max())[None]  # from the centre, (1, W)
     y = np.arange(top, bottom, -1)[:, None]  # (H, 1)
     along = w / 2 + radius * (np.arctan2(x, y) - turn)  # of the straight line, (H, W)
-    back = along, outer - np.hypot(x, y)
-    side = choice([1, 1, 1, -1])
-    return cv2.remap(ink[::side], *map(np.float32, back), cv2.INTER_LINEAR)[::side]  # (H, W)
+    far, side = np.hypot(x, y), choice([1, 1, 1, -1])
+    back = np.float32([along, outer - far])
+    ink = cv2.remap(ink[::side], *back, cv2.INTER_LINEAR)[::side]  # (H, W)
+    ring = np.abs(far - radius)[::side] < h * uniform(0.45, 0.7)  # (H, W)
+    tone = choice([0, 0, uniform(0.5, 1.2)])
+    return np.float32(tone) * ring - ink if tone else ink
 
 
 # ---- Effects of other ink
@@ -1244,11 +1247,12 @@ COPY = [(1, neighbours), (0.1, form_lines, [1, 2]), (1, partial(coarse, two_tone
 COPY += [(0.15, specks), (0.5, blur), (1, framed)]
 SCAN = [*WORN, PRESS, (0.3, pressed), (1, faded, 2, 0.4), (1, room, 0, 0.15), *COPY]
 BESIDE = partial(neighbours, aside=True)
-BOARD = [PRESS, (1, room, 0.12), (1, BESIDE, 0.06, 0.15), (1, lettered), (1, snapped)]
-BOARD += [(1, framed)]
+BOARD = [PRESS, (1, room, 0.12), (1, BESIDE, 0.06, 0.15), (1, lettered)]
 SEGMENTS = [(0.5, bold, -0.06, 0), (0.6, leaning), (1, room, 0, 0.3)]  # with wider gaps
 FAR = (0.2, coarse, 10, 18)
-CUT_OUT = [(1, room, 0.05, 0.2), (1, BESIDE, 0.12, 0.4)]  # of a word
+SEEN = [(1, snapped), (1, framed), FAR]
+BETWEEN = [(1, room, 0.05, 0.2), (1, BESIDE, 0.12, 0.4)]  # other characters
+CUT_OUT = [(0.5, bold, 0, 0.1), (1, framed), *BETWEEN]  # of a word
 # The digit before and the one after come into the window of a meter.
 ROLLING = [(0.7, neighbours, 0.3, 0.6), (0.3, form_lines, [1, 3, 4]), (1, snapped), (1, framed, 0)]
 
@@ -1264,10 +1268,10 @@ STYLES = {
         "receipt": Style(4, [*HEATED, (1, framed), (0.2, clipped)], SLIP, "receipt", NARROW),
         "scanned": Style(4, [(1, stretched), *SCAN, (0.2, clipped)], SLIP, "receipt"),
         "label": Style(2, [PRESS, (1, room), (0.35, form_lines, [4])], PLATE, "label"),
-        "sign": Style(6, [(1, stretched), (0.35, arched), *BOARD, FAR], SIGN, "sign"),
-        "letter": Style(3, [(0.5, bold, 0, 0.1), (1, framed), *CUT_OUT, *BOARD], SIGN, "large"),
+        "sign": Style(6, [(1, stretched), *BOARD, (0.35, arched), *SEEN], SIGN, "sign"),
+        "letter": Style(3, [*CUT_OUT, *BOARD, *SEEN], SIGN, "large"),
         "display": Style(2, [*SEGMENTS, (1, blur), (0.5, snapped)], DIAL, "display", "dseg"),
-        "counter": Style(1, [*CUT_OUT, *ROLLING], DIAL, "dial"),
+        "counter": Style(1, [*BETWEEN, *ROLLING], DIAL, "dial"),
     }
     | EVERYWHERE,
     HANDWRITTEN: {
