@@ -22,7 +22,6 @@ import zlib
 from collections import defaultdict
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from datetime import timedelta
 from functools import partial
 from itertools import groupby
 from pathlib import Path
@@ -31,7 +30,6 @@ from unicodedata import normalize
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageFilter, ImageOps, UnidentifiedImageError
 from rapidfuzz import process
@@ -748,17 +746,14 @@ def choose_reading(model, image, looks, known):
 
 def count_lines(image):
     """How many bands of rows with ink an image (HEIGHT, W) has that are high enough for lines."""
-    runs = groupby((image < INK_TONE).any(1).tolist())
-    runs = [(inked, len([*rows])) for inked, rows in runs]
-    highest = max((rows for inked, rows in runs if inked), default=0)
-    lines, gap = 0, HEIGHT
-    for inked, rows in runs:
-        if inked and rows >= max(4, 0.7 * highest):  # 4: no mere rule
-            # Nearer ones are parts of one, as of a 1 in seven segments.
-            lines, gap = lines + (gap >= highest / 3), 0
-        else:
-            gap += rows
-    return lines
+    inked = (image < INK_TONE).any(1).numpy()  # (HEIGHT,)
+    bands = np.flatnonzero(np.diff(inked, prepend=False, append=False)).reshape(-1, 2)  # from, to
+    heights = bands[:, 1] - bands[:, 0]
+    highest = heights.max(initial=0)
+    bands = bands[heights >= max(4, 0.7 * highest)]  # 4: no mere rule
+    gaps = bands[1:, 0] - bands[:-1, 1]
+    # Nearer ones are parts of one, as of a 1 in seven segments.
+    return len(bands[:1]) + np.count_nonzero(gaps >= highest / 3)
 
 
 def looks_written(image):
@@ -809,25 +804,6 @@ def world_size():
 def rank():
     """Which of them this is, from 0."""
     return int(os.environ.get("RANK", 0)) if world_size() > 1 else 0
-
-
-def join_processes(backend):
-    """Meet the others, if there are any; only the first prints from then on."""
-    if world_size() > 1:
-        # Before the group is there, which the defaults of its functions would hold for good
-        import torch.distributed.nn.functional  # noqa: F401, see leave_processes
-
-        dist.init_process_group(backend, timeout=timedelta(days=1))  # the others wait for rank 0
-        if rank():
-            sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115, for good
-
-
-def leave_processes():
-    """Leave the process group, which nothing may hold any more, when all have come here."""
-    # Or gloo's threads may abort a process while the interpreter shuts down (pytorch PR 179291).
-    if world_size() > 1:
-        dist.barrier()
-        dist.destroy_process_group()
 
 
 # ---- Files

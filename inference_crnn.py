@@ -339,16 +339,6 @@ def edits(label, prediction):
     ]
 
 
-def summarize(rows, total):
-    """How well all rows are read, shares from 0 to 1; total: their last row of score_table."""
-    return {
-        "exact match": total.exact,
-        "exact match, any case": (rows.label.str.lower() == rows.prediction.str.lower()).mean(),
-        "character error rate": total.CER,
-        "calibration error": crnn.calibration_error(rows.confidence, rows.label == rows.prediction),
-    }
-
-
 def show_surest_errors(rows, most=60):
     """The surest wrong predictions, with their images, as HTML."""
     items = []
@@ -366,12 +356,18 @@ def write_report(rows):
     errors = pd.DataFrame(errors, columns=["label", "read"])
     errors = errors.replace({"": "(nothing)", " ": "(space)"}).value_counts().head(25)
     scores = crnn.score_table(rows)
+    summary = {
+        "exact match": scores.exact.iloc[-1],
+        "exact match, any case": (rows.label.str.lower() == rows.prediction.str.lower()).mean(),
+        "character error rate": scores.CER.iloc[-1],
+        "calibration error": crnn.calibration_error(rows.confidence, rows.label == rows.prediction),
+    }
     tenths = [min(int(confidence * 10), 9) for confidence in rows.confidence]
     bands = rows.assign(band=[f"{tenth / 10} to {(tenth + 1) / 10}" for tenth in tenths])
     percent = dict.fromkeys(["share", "exact", "±", "CER"], "{:.1%}".format)
     table = partial(pd.DataFrame.to_html, formatters=percent, border=0, index_names=False)
     sections = {
-        "All": table(pd.Series(summarize(rows, scores.iloc[-1]), name="share").to_frame()),
+        "All": table(pd.Series(summary, name="share").to_frame()),
         "By source": table(scores),
         "By confidence": table(crnn.score_table(bands, "band")),
         "The most frequent errors": table(errors.reset_index(name="times"), index=False),

@@ -1288,14 +1288,6 @@ STYLES = {
 STYLES[EMNIST] = STYLES[STROKES] = STYLES[HANDWRITTEN]
 
 
-def pick_style(source):
-    """The name of a Source's style, and the Style: plain for all but a share of the images."""
-    styles = {n: s for n, s in STYLES[source.kind].items() if source.cell_pen or not s.cells}
-    weights = [style.weight for style in styles.values()]
-    name = random.choices(list(styles), weights)[0] if chance(STYLED) else "plain"
-    return name, styles[name]
-
-
 # ---- Images
 class Source(NamedTuple):
     kind: str  # of what it is drawn with, and so of its styles
@@ -1334,8 +1326,11 @@ def sample(source, index):
         images, labels, _ = emnist(split)
         place = index if split == "train" else index // CYCLE
         return 255 - images[place], str(labels[place]), split, "plain"
+    styles = {n: s for n, s in STYLES[row.kind].items() if row.cell_pen or not s.cells}
+    weights = [style.weight for style in styles.values()]
     for _ in range(TRIES):
-        name, style = pick_style(row)
+        name = random.choices(list(styles), weights)[0] if chance(STYLED) else "plain"
+        style = styles[name]
         # Expressions stay expressions in every style.
         texts = style.texts if style.texts and row.cell_pen else row.texts
         label, alone = pick_text(texts, split)

@@ -11,13 +11,16 @@ and history.csv and training_curves.png beside it. Stop with Ctrl-C at any time;
 import copy
 import math
 import os
+import sys
 import time
 import zlib
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torch.optim.lr_scheduler import OneCycleLR
@@ -381,17 +384,13 @@ def freeze_norms(model, average, epoch, epochs):
                 layer.eval()
 
 
-def average_in(means, weights, steps):
-    """Move means of weights towards them: mostly of the last AVERAGE of the steps so far.
+def average_in(mean, weight, steps):
+    """A mean of weights with one more: mostly of the last AVERAGE of the steps so far.
 
     Polynomial decay of Shamir and Zhang 2013 (arXiv:1212.1824). Buffers come along, so that batch
     norm fits the mean.
     """
-    for mean, weight in zip(means, weights):
-        if mean.is_floating_point():
-            mean.lerp_(weight, 1 / (1 + AVERAGE * float(steps)))
-        else:  # how many batches a norm has seen
-            mean.copy_(weight)
+    return mean + (weight - mean) / (1 + AVERAGE * steps)
 
 
 def mix_in(start, average):
@@ -583,14 +582,20 @@ def end_epoch(state, net, parts, losses, started, val, rows, epochs):
 
 
 def start_processes():
-    """Join the other processes, if any. Returns the device of this one."""
+    """Join the other processes, if any: only the first prints from then on. Returns the device."""
     if BATCH_SIZE < 1 or BATCH_SIZE % world_size():
         raise InputError(f"BATCH_SIZE = {BATCH_SIZE}: set a multiple of {world_size()} processes")
-    device = crnn.usable_device(DEVICE)
-    if world_size() > 1 and device.type == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(device)
-    crnn.join_processes("nccl" if device.type == "cuda" else "gloo")
+    device, backend = crnn.usable_device(DEVICE), "gloo"
+    if world_size() > 1:
+        if device.type == "cuda":
+            device, backend = torch.device("cuda", int(os.environ["LOCAL_RANK"])), "nccl"
+            torch.cuda.set_device(device)
+        # Before the group is there, which the defaults of its functions would hold for good
+        from torch.distributed.nn import functional  # noqa: F401, see the end of main
+
+        dist.init_process_group(backend, timeout=timedelta(days=1))  # the others wait for rank 0
+        if rank():
+            sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115, for good
     torch.manual_seed(SEED)
     torch.set_flush_denormal(True)  # numbers too small to matter slow a CPU down
     return device
@@ -629,7 +634,7 @@ def main():
 
     net = WithShortcut(make_model(charset)).to(device)
     parts = make_optimizers(net, epochs * number)
-    parts["average"] = AveragedModel(net.crnn, multi_avg_fn=average_in, use_buffers=True)
+    parts["average"] = AveragedModel(net.crnn, avg_fn=average_in, use_buffers=True)
     parts["start"] = copy.deepcopy(net.crnn)
     weights = f"{sum(p.numel() for p in net.crnn.parameters()):,} weights"
     dtype = crnn.compute_dtype(device.type, PRECISION)
@@ -659,7 +664,10 @@ def main():
     del trained  # it holds the process group
     if rank() == 0:
         finish(state, device, val, test)
-    crnn.leave_processes()
+    # Or gloo's threads may abort a process while the interpreter shuts down (pytorch PR 179291).
+    if world_size() > 1:
+        dist.barrier()
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

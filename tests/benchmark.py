@@ -65,13 +65,6 @@ def record(part, measure, value, runs=1):
     pd.DataFrame([row]).to_csv(RESULTS, **look)
 
 
-def script(module, **constants):
-    """A Script, see conftest.py, that only runs in processes of its own."""
-    made = Script(module, None)
-    made.constants = constants
-    return made
-
-
 def fresh(name):
     """An empty folder."""
     shutil.rmtree(FOLDER / name, ignore_errors=True)
@@ -89,7 +82,7 @@ def drawing_script(folder, number, **constants):
     """The preparation of so many printed lines, as a Script."""
     numbers = dict.fromkeys(prepare_ocr_dataset.SOURCES, 0) | dict(trdg_custom=number)
     places = dict(DATASETS_DIR=str(folder), FONTS_DIR=str(ROOT / "myFonts"))
-    return script(prepare_ocr_dataset, NUM_IMAGES=numbers, **places, **constants)
+    return Script(prepare_ocr_dataset, NUM_IMAGES=numbers, **places, **constants)
 
 
 def drawing():
@@ -160,7 +153,7 @@ def kills():
 
     def training(name):
         resume = (folder / f"{name}.resume.pth").exists()
-        return script(train_crnn, MODEL_PATH=str(folder / f"{name}.pth"), RESUME=resume, **recipe)
+        return Script(train_crnn, MODEL_PATH=str(folder / f"{name}.pth"), RESUME=resume, **recipe)
 
     def trained(name):
         weights = torch.load(folder / f"{name}.resume.pth", weights_only=True)["net"]
@@ -211,7 +204,7 @@ def own():
         if name != "as shipped":
             places = dict(DATA_CSV=str(folder / "own.csv"), MODEL_PATH=str(weights))
             start = time.perf_counter()
-            script(train_crnn, INIT_WEIGHTS=str(WEIGHTS), **places).run(folder, timeout=3600)
+            Script(train_crnn, INIT_WEIGHTS=str(WEIGHTS), **places).run(folder, timeout=3600)
             record("own", "fine-tuning on 200 codes, minutes", (time.perf_counter() - start) / 60)
         paths = [folder / path for path in rows.image_path[:800]]
         read = [reading.text for reading in recognize(paths, str(weights))]

@@ -26,12 +26,6 @@ os.environ.update(http_proxy="http://127.0.0.1:9", https_proxy="http://127.0.0.1
 os.environ["no_proxy"] = "127.0.0.1"  # but for the servers that tests of downloads start
 
 
-@pytest.fixture(autouse=True)
-def no_arguments(monkeypatch):
-    """As if a script had been started with none, and not pytest with its own."""
-    monkeypatch.setattr(sys, "argv", ["script.py"])
-
-
 def line_image(text, size=24, margin=4):
     """An image of text, black on white, mode L."""
     font = ImageFont.truetype(FONT, size)
@@ -72,8 +66,8 @@ def fake_emnist(datasets, per_class=24):
 class Script:
     """A script as its module, and set() for its constants until the end of the test."""
 
-    def __init__(self, module, monkeypatch):
-        self.module, self.monkeypatch, self.constants = module, monkeypatch, {}
+    def __init__(self, module, monkeypatch=None, **constants):
+        self.module, self.monkeypatch, self.constants = module, monkeypatch, constants
 
     def __getattr__(self, name):
         return getattr(self.module, name)

@@ -70,7 +70,7 @@ ENDS = [
 @pytest.mark.parametrize("error, kind, line", ENDS)
 def test_what_the_user_can_mend_ends_in_one_line(error, kind, line):
     with pytest.raises(kind) as end:
-        crnn.run(Mock(side_effect=error))
+        crnn.run(Mock(side_effect=error), "an argument")  # with none, it would look at pytest's
     assert re.fullmatch(line, str(end.value))  # where . is no line break
 
 

@@ -72,7 +72,7 @@ def test_reading_changes_no_model_that_learns(infer, checkpoint, line):
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
-def test_readings_are_kept_when_nobody_reads_what_is_printed(infer, line, monkeypatch):
+def test_readings_are_kept_when_nobody_reads_what_is_printed(infer, line):
     show = Mock(side_effect=BrokenPipeError)  # as after | head
     infer.set(show=show)
     infer.main([line])
@@ -215,7 +215,7 @@ def test_a_name_that_is_not_utf8_is_skipped(infer, line, tmp_path, capsys):
     assert len(predictions(infer)) == 1
 
 
-def test_two_runs_at_once_lose_nothing(infer, line, tmp_path, monkeypatch):
+def test_two_runs_at_once_lose_nothing(infer, line, tmp_path):
     other = tmp_path / "predictions_2.csv"
     read_all = infer.read_all
 
@@ -257,8 +257,6 @@ def test_an_interrupted_run_leaves_the_former_results(infer, checkpoint, tmp_pat
 
 REMEDIES = [
     ("MODEL_PATH", "missing.pth", "run python train_crnn.py"),
-    ("MODEL_PATH", "bad.csv", "is not our checkpoint"),
-    ("DATA_CSV", "missing.csv", "check the path, or run python prepare_ocr_dataset.py"),
     ("DATA_CSV", "train.csv", "has no test rows"),
     ("PREDICTIONS_CSV", "bad.csv/predictions.csv", "cannot write"),
     ("ONNX_PATH", "model.onnx", "pip install onnx onnxscript"),

@@ -9,7 +9,6 @@ TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
 SPANS = set(re.findall(r"`([^`\n]+)`", re.sub(r"```.*?```", "", TEXT, flags=re.S)))
 CONSTANTS = sorted({name for span in SPANS for name in re.findall(r"\b[A-Z]+_[A-Z_]+\b", span)})
 FILES = {span for span in SPANS if re.fullmatch(r"[\w./]*(/|\.(py|md|txt|csv|png|pth))", span)}
-FILES -= {"own.csv", "ocr_crnn_model/own.pth"}  # a user's own
 
 
 def test_every_constant_is_in_a_script():

@@ -177,11 +177,7 @@ def test_says_which_rows_are_skipped_and_which_labels_are_never_trained_on(train
     """But not of a text that occurs once: it is there to measure new texts by."""
     folder = Path(train.DATA_CSV).parent
     path = write_csv(folder, TEXTS * 4, split=["train"] * 36 + ["val"] * 12)
-    (folder / "half ü.png").write_bytes((folder / "0.png").read_bytes()[:90])
-    (folder / "zero.png").write_bytes(b"")
-    (folder / "text.png").write_text("no image")
-    bad = {"missing.png": "cat", "half ü.png": "cat", "zero.png": "cat", "text.png": "cat"}
-    bad |= {"0.png": "", "1.png": "caté", "2.png": "l" * 400, "3.png": "a\tb"}
+    bad = {"ü.png": "cat", "0.png": "", "1.png": "caté", "2.png": "l" * 400, "3.png": "a\tb"}
     with open(path, "a", encoding="utf-8") as file:
         file.writelines(f"{name},{label},train\n" for name, label in bad.items())
         file.write("4.png,lama,val\n5.png,lama,val\n6.png,mall,val\n")
@@ -190,8 +186,8 @@ def test_says_which_rows_are_skipped_and_which_labels_are_never_trained_on(train
     output = capsys.readouterr().out
     counts, reasons = zip(*re.findall(r"skipped: (\d) rows, (\w+)", output))
     assert reasons == ("character", "empty", "label", "line", "missing")
-    assert counts == ("1", "1", "1", "1", "4")
-    for particulars in ("missing.png", "half ü.png", "zero.png", "'é' (U+00E9)", "799 frames"):
+    assert set(counts) == {"1"}
+    for particulars in ("ü.png", "'é' (U+00E9)", "799 frames"):
         assert particulars in output
     assert "é" not in load_checkpoint(train.MODEL_PATH).charset.characters
     line = "never trained on, as all their images are in val or test: 'lama' (2 images)\n"
@@ -200,8 +196,6 @@ def test_says_which_rows_are_skipped_and_which_labels_are_never_trained_on(train
 
 # What stands in the csv, constants, and what is said
 MISTAKES = [
-    (None, {}, "{csv}: check the path, or run python prepare_ocr_dataset.py"),
-    ("path,label\na,b\n", {}, "{csv} has no column image_path"),
     ("image_path,label,split\na.png,abc,dev\n", {}, "{csv} has the split 'dev'"),
     ("image_path,label,split\na.png,abc,train\n", {}, "{csv} leaves no row to train on"),
     ("image_path,label,split\na.png,abc,test\n", {}, "{csv} has only val and test labels"),
@@ -210,7 +204,6 @@ MISTAKES = [
     (None, dict(DEVICE="abacus"), "DEVICE = 'abacus': set cpu"),
     (None, dict(MODEL_PATH=str(ROOT)), "is no file: give it the name of one"),
     (None, dict(MODEL_PATH=FONT + "/crnn.pth"), "DejaVuSans.ttf"),
-    (None, dict(MODEL_PATH=FONT + "/deeper/crnn.pth"), "DejaVuSans.ttf"),
 ]
 
 
@@ -377,11 +370,9 @@ def test_norms_are_frozen_at_the_statistics_of_the_average(train):
 
 def test_the_saved_weights_are_a_mean_of_the_last_steps(train):
     train.set(AVERAGE=0.5)
-    mean, counts = [torch.zeros(1), torch.zeros(1, dtype=torch.long)], torch.tensor(7)
+    mean = torch.zeros(1)
     for step in range(400):
-        train.average_in(mean, [torch.tensor([float(step)]), counts], step)
-    assert 250 < float(mean[0]) < 350
-    assert int(mean[1]) == 7
+        mean = train.average_in(mean, torch.tensor([float(step)]), step)
+    assert 250 < float(mean) < 350
     train.set(AVERAGE=0)  # none
-    train.average_in(mean, [torch.ones(1), counts], 9)
-    assert float(mean[0]) == 1
+    assert train.average_in(mean, torch.ones(1), 9) == 1
