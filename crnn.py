@@ -55,7 +55,7 @@ LOW_LINE, USUAL_LINE = 0.36, 0.45  # text lower than 36 % of the height is zoome
 # How it is read
 SECOND_LOOK = 0.6  # confidence (not calibrated) below which an image is looked at in other ways
 SHORTLIST = 50  # texts of a lexicon, the nearest to what is read, among which the network chooses
-DOUBT = 2.0  # how much less likely, in nats a character, a text is that the lexicon lacks
+DOUBT = 1.75  # how much less likely, in nats a character, a text is that the lexicon lacks
 MIN_ALTERNATIVE = 0.02  # probability below which an alternative is not reported
 MAX_ASPECT = 256  # width over height beyond which an image is no line (400 characters have 200)
 
