@@ -1061,7 +1061,7 @@ def arched(ink):
     back = np.float32([along, outer - far])
     ink = cv2.remap(ink[::side], *back, cv2.INTER_LINEAR)[::side]  # (H, W)
     ring = np.abs(far - radius)[::side] < h * uniform(0.45, 0.7)  # (H, W)
-    tone = choice([0, 0, uniform(0.5, 1.2)])
+    tone = choice([0, 0, uniform(0.5, 1.2)])  # of the ring, its letters lighter; 0: none
     return np.float32(tone) * ring - ink if tone else ink
 
 
@@ -1250,7 +1250,7 @@ BESIDE = partial(neighbours, aside=True)
 BOARD = [PRESS, (1, room, 0.12), (1, BESIDE, 0.06, 0.15), (1, lettered)]
 SEGMENTS = [(0.5, bold, -0.06, 0), (0.6, leaning), (1, room, 0, 0.3)]  # with wider gaps
 FAR = (0.2, coarse, 10, 18)
-SEEN = [(1, snapped), (1, framed), FAR]
+SEEN = [(1, snapped), (1, framed)]
 BETWEEN = [(1, room, 0.05, 0.2), (1, BESIDE, 0.12, 0.4)]  # other characters
 CUT_OUT = [(0.5, bold, 0, 0.1), (1, framed), *BETWEEN]  # of a word
 # The digit before and the one after come into the window of a meter.
@@ -1268,7 +1268,7 @@ STYLES = {
         "receipt": Style(4, [*HEATED, (1, framed), (0.2, clipped)], SLIP, "receipt", NARROW),
         "scanned": Style(4, [(1, stretched), *SCAN, (0.2, clipped)], SLIP, "receipt"),
         "label": Style(2, [PRESS, (1, room), (0.35, form_lines, [4])], PLATE, "label"),
-        "sign": Style(6, [(1, stretched), *BOARD, (0.35, arched), *SEEN], SIGN, "sign"),
+        "sign": Style(6, [(1, stretched), *BOARD, FAR, (0.35, arched), *SEEN], SIGN, "sign"),
         "letter": Style(3, [*CUT_OUT, *BOARD, *SEEN], SIGN, "large"),
         "display": Style(2, [*SEGMENTS, (1, blur), (0.5, snapped)], DIAL, "display", "dseg"),
         "counter": Style(1, [*BETWEEN, *ROLLING], DIAL, "dial"),

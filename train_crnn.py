@@ -590,7 +590,7 @@ def start_processes():
         if device.type == "cuda":
             device, backend = torch.device("cuda", int(os.environ["LOCAL_RANK"])), "nccl"
             torch.cuda.set_device(device)
-        # Before the group is there, which the defaults of its functions would hold for good
+        # Before there is a group, which the defaults of its functions would hold for good
         from torch.distributed.nn import functional  # noqa: F401, see the end of main
 
         dist.init_process_group(backend, timeout=timedelta(days=1))  # the others wait for rank 0
@@ -664,7 +664,7 @@ def main():
     del trained  # it holds the process group
     if rank() == 0:
         finish(state, device, val, test)
-    # Or gloo's threads may abort a process while the interpreter shuts down (pytorch PR 179291).
+    # Else gloo's threads may abort a process while the interpreter shuts down (pytorch PR 179291).
     if world_size() > 1:
         dist.barrier()
         dist.destroy_process_group()

@@ -64,7 +64,10 @@ def fake_emnist(datasets, per_class=24):
 
 
 class Script:
-    """A script as its module, and set() for its constants until the end of the test."""
+    """A script as its module, and set() for its constants until the end of the test.
+
+    constants: those of processes of its own, without set().
+    """
 
     def __init__(self, module, monkeypatch=None, **constants):
         self.module, self.monkeypatch, self.constants = module, monkeypatch, constants
