@@ -271,15 +271,22 @@ def test_signs_that_unipen_lacks_are_put_together(prepare, downloaded, shipped):
 # ---- styles and images
 @pytest.mark.parametrize("kind", ["printed fonts", "handwritten fonts"])
 def test_every_style_shows_its_text(prepare, kind):
-    """A black line on white in each style has ink that the network sees, nearly always."""
-    for text, (name, style) in itertools.product(
-        ["Form 27", "-", "|"], prepare.STYLES[kind].items()
-    ):
+    """A black line on white in each style: with contrast, and with ink that the network sees.
+
+    All but 1 of 8, that is: a dash in pale relief may be lost, and is drawn anew.
+    """
+    styles = prepare.STYLES[kind].items()
+    for text, (name, style) in itertools.product(["Form 27", "-", "|"], styles):
         ink = 1 - np.asarray(line_image(text, size=30, margin=6), np.float32) / 255
         random.seed(name)
         inks = [prepare.apply(style.effects, ink) for _ in range(8)]
-        readable = [prepare.is_readable(prepare.give_tones(i, **style.tones), text) for i in inks]
-        assert sum(readable) >= 7, (name, text)
+        images = [prepare.give_tones(each, **style.tones) for each in inks]
+        readable = [image for image in images if prepare.is_readable(image, text)]
+        assert len(readable) >= 7, (name, text)
+        for image in readable:
+            assert image.dtype == np.uint8
+            assert int(image.max()) - int(image.min()) >= 25, (name, text)
+            assert (load_image(image) < 128).sum() >= 3, (name, text)
 
 
 @pytest.mark.parametrize("source", prepare_ocr_dataset.SOURCES)

@@ -177,7 +177,9 @@ def test_says_which_rows_are_skipped_and_which_labels_are_never_trained_on(train
     """But not of a text that occurs once: it is there to measure new texts by."""
     folder = Path(train.DATA_CSV).parent
     path = write_csv(folder, TEXTS * 4, split=["train"] * 36 + ["val"] * 12)
-    bad = {"ü.png": "cat", "0.png": "", "1.png": "caté", "2.png": "l" * 400, "3.png": "a\tb"}
+    (folder / "half ü.png").write_bytes((folder / "0.png").read_bytes()[:90])
+    bad = {"missing.png": "cat", "half ü.png": "cat"}
+    bad |= {"0.png": "", "1.png": "caté", "2.png": "l" * 400, "3.png": "a\tb"}
     with open(path, "a", encoding="utf-8") as file:
         file.writelines(f"{name},{label},train\n" for name, label in bad.items())
         file.write("4.png,lama,val\n5.png,lama,val\n6.png,mall,val\n")
@@ -186,8 +188,8 @@ def test_says_which_rows_are_skipped_and_which_labels_are_never_trained_on(train
     output = capsys.readouterr().out
     counts, reasons = zip(*re.findall(r"skipped: (\d) rows, (\w+)", output))
     assert reasons == ("character", "empty", "label", "line", "missing")
-    assert set(counts) == {"1"}
-    for particulars in ("ü.png", "'é' (U+00E9)", "799 frames"):
+    assert counts == ("1", "1", "1", "1", "2")
+    for particulars in ("missing.png", "half ü.png", "'é' (U+00E9)", "799 frames"):
         assert particulars in output
     assert "é" not in load_checkpoint(train.MODEL_PATH).charset.characters
     line = "never trained on, as all their images are in val or test: 'lama' (2 images)\n"
@@ -204,6 +206,7 @@ MISTAKES = [
     (None, dict(DEVICE="abacus"), "DEVICE = 'abacus': set cpu"),
     (None, dict(MODEL_PATH=str(ROOT)), "is no file: give it the name of one"),
     (None, dict(MODEL_PATH=FONT + "/crnn.pth"), "DejaVuSans.ttf"),
+    (None, dict(MODEL_PATH=FONT + "/deeper/crnn.pth"), "DejaVuSans.ttf"),
 ]
 
 
