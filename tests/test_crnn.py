@@ -431,9 +431,13 @@ def test_a_second_look_is_another_size_of_the_same_text():
     assert torch.equal(crnn.invert(255 - image), image)  # perhaps the wrong polarity
     leaning = torch.full((32, 40), 255, dtype=torch.uint8)
     for row in range(32):
-        leaning[row, 20 - round(0.15 * (row - 16))] = 0  # to the right, as many write
-    inked = [(look < 155).sum(0).max() for look in (leaning, crnn.straighten(leaning))]
+        leaning[row, 20 - round(0.2 * (row - 16))] = 0  # to the right, as many write
+    inked = [(look < 155).sum(0).max() for look in (leaning, crnn.lean(leaning, -0.2))]
     assert inked[0] < 10 and inked[1] > 20  # rows in one column
+    back = crnn.lean(crnn.lean(leaning, -0.2), 0.2)[:, 7:47]
+    assert (back < 155).sum(0).max() < 10 and (back < 155).sum() > 20
+    assert crnn.narrow(image).shape == (32, round(0.8 * image.shape[1]))
+    assert rows_with_ink(crnn.narrow(image)) == rows_with_ink(image)
 
 
 def test_the_shipped_weights_read_what_they_always_read(shipped, monkeypatch):
