@@ -689,9 +689,7 @@ def read_images(model, images, batch_size, known=None):
     """
     known = known or [Known()] * len(images)
     looks = [[look] for look in look_at(model, images, batch_size, known)]  # of each image
-    # Also what shows nothing: heavy letters can be taken for shade.
-    first = [(i, look.reading) for i, (look,) in enumerate(looks)]
-    unsure = [i for i, r in first if r.confidence < SECOND_LOOK or not r.text]
+    unsure = [i for i, (look,) in enumerate(looks) if is_unsure(images[i], look.reading)]
     # All other ways at once, for larger batches
     views = [(i, change(images[i])) for change in SECOND_LOOKS for i in unsure]
     views = [(i, view) for i, view in views if view is not None]
@@ -699,6 +697,11 @@ def read_images(model, images, batch_size, known=None):
     for (i, _), look in zip(views, others):
         looks[i].append(look)
     return [choose_reading(model, *each) for each in zip(images, looks, known)]
+
+
+def is_unsure(image, reading):
+    """Whether to look again: also where ink reads as nothing, as heavy letters taken for shade."""
+    return reading.confidence < SECOND_LOOK or (not reading.text and (image < INK_TONE).any())
 
 
 @torch.inference_mode()

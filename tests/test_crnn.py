@@ -420,6 +420,17 @@ def test_of_several_looks_the_text_that_is_likeliest_on_average_counts():
     assert reading.text == "b" and reading.unrestricted == "a"
 
 
+def test_an_image_is_looked_at_again_if_it_is_unsure_or_its_ink_reads_as_nothing():
+    image, blank = lines("Rg7")[0], torch.full((32, 40), 255, dtype=torch.uint8)
+    for text, confidence, seen, again in (
+        ("Rg7", 0.9, image, False),
+        ("Rg7", 0.3, image, True),
+        ("", 0.9, image, True),
+        ("", 0.9, blank, False),
+    ):
+        assert crnn.is_unsure(seen, crnn.Reading(text, confidence, [])) == again
+
+
 def test_a_second_look_is_another_size_of_the_same_text():
     image = load_image(SMALL_LINE)
     assert rows_with_ink(crnn.shrink(image)) > 1.5 * rows_with_ink(image)  # without its margins
