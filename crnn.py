@@ -41,7 +41,7 @@ from tqdm import tqdm
 # --------------------------------------------------------------------------------------------------
 BLANK = 0  # class of the CTC blank; the characters of a charset follow from class 1
 
-# What the network sees. A checkpoint holds these as it learned with them, see preprocessing().
+# What the network sees. A checkpoint keeps the values it was trained with, see preprocessing().
 HEIGHT = 32  # rows, in pixels; a multiple of 8
 PIXELS_PER_FRAME = 4  # horizontal stride of the CNN
 PADDING_STEP = 4  # pixels, see padded_width()
@@ -54,8 +54,8 @@ LOW_LINE, USUAL_LINE = 0.36, 0.45  # text lower than 36 % of the height is zoome
 
 # How it is read
 SECOND_LOOK = 0.6  # confidence (not calibrated) below which an image is looked at in other ways
-SHORTLIST = 50  # texts of a lexicon, the nearest to what is read, among which the network chooses
-DOUBT = 1.75  # how much less likely, in nats a character, a text is that the lexicon lacks
+SHORTLIST = 50  # texts of a lexicon, those nearest to what is read, that the network chooses among
+DOUBT = 1.75  # nats a character by which a text that is not in the lexicon counts as less likely
 MIN_ALTERNATIVE = 0.02  # probability below which an alternative is not reported
 MAX_ASPECT = 256  # width over height beyond which an image is no line (400 characters have 200)
 
@@ -91,7 +91,7 @@ def run(main, *arguments):
 
 
 def usable_cores():
-    """How many cores this process may use, which in a container are fewer than the machine has."""
+    """How many cores this process may use, which can be fewer than the machine has."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -118,7 +118,7 @@ class Charset:
         self.index = {c: i for i, c in enumerate(characters, start=1)}
         self.num_classes = len(characters) + 1  # with the blank
         swapped = [self.index.get(c.swapcase() if c.swapcase() != c else "") for c in characters]
-        # Of each class that of its other case, where there is one: A's for a; else num_classes
+        # For each class, the class of its other case (A's for a's), or num_classes if it has none
         self.other_case = [i or self.num_classes for i in (None, *swapped)]
 
     def encode(self, label):
@@ -175,15 +175,15 @@ def load_image(source, turns=0):
         raise InputError(f"{name}: no such file or folder") from None
     except UnidentifiedImageError:
         raise InputError(f"{name}: not an image that Pillow reads; save a PDF as PNGs") from None
-    except Exception as error:  # of a damaged file Pillow raises nearly any, also a SyntaxError
+    except Exception as error:  # on a damaged file Pillow raises nearly anything, even SyntaxError
         raise InputError(f"{name}: cannot be read ({error})") from None
     return torch.from_numpy(pixels)  # (HEIGHT, W)
 
 
-def try_load(source):
+def try_load(source, turns=0):
     """(image, None) as load_image returns it, or (None, the line that says why it cannot)."""
     try:
-        return load_image(source), None
+        return load_image(source, turns), None
     except InputError as error:
         return None, str(error)
 
@@ -237,8 +237,10 @@ def to_grey(image):
     """Any PIL mode to mode L. Transparent parts become the paper that the ink stands out from."""
     if image.mode.startswith("I") or image.mode == "F":  # 16-bit, 32-bit and float tones
         tones = np.nan_to_num(np.array(image, dtype=np.float64))
-        stray = tones.size // 2000 + 1  # pixels at either end that may be faults of a sensor
+        # Pixels at either end that may be faults of a sensor
+        stray = min(tones.size // 2000 + 1, (tones.size - 1) // 2)
         low, high = np.partition(tones, (stray, -1 - stray), axis=None)[[stray, -1 - stray]]
+        low = low if high - low > MIN_TONES / 255 * high else 0.0  # so blank paper stays blank
         tones = (tones.clip(low, high) - low) * (255 / max(high - low, 1e-9))
         return Image.fromarray(tones.astype(np.uint8))
     if image.mode in ("LA", "PA", "RGBA", "La", "RGBa") or "transparency" in image.info:
@@ -258,7 +260,7 @@ def rgb_to_grey(image):
     near = len(small[0]) // 4 + 1  # pixels apart that differ by strokes; farther ones by light, too
     contrasts = [np.square(band[:, near:] - band[:, :-near]).sum() for band in small]
     best = int(np.argmax(contrasts))
-    # Dark blue on cream has 1.4 times the contrast in red: twice as much, and no faint tint.
+    # Dark blue on cream has only 1.4 times the contrast in red: ask for twice, and no faint tint.
     if contrasts[best] <= max(2 * contrasts[0], small[0].size * MIN_TONES**2 / 4):
         return bands[0]
     return ImageOps.autocontrast(bands[best])
@@ -462,7 +464,7 @@ def usable_device(name):
 
 
 def compute_dtype(device_type, precision=None):
-    """The dtype of that name; None: bfloat16 where the hardware computes in it, else the best."""
+    """The dtype of that name; None: bfloat16 where it is native, else float16 (CUDA) or float32."""
     if precision:
         if precision not in ("bfloat16", "float16", "float32"):
             raise InputError(f"PRECISION = {precision!r}: set bfloat16, float16, float32 or None")
@@ -478,7 +480,7 @@ class Character(NamedTuple):
     """One character of a Reading, and what else it could be."""
 
     character: str
-    confidence: float  # its highest probability in any frame
+    confidence: float  # its probability in the frame it is read from
     left: float  # where it begins, halfway to its neighbour, from 0 to 1 of the image's width
     right: float  # where it ends, likewise
     alternatives: list  # (character, probability) of others in the same place, likeliest first
@@ -565,7 +567,7 @@ def mean_log_probability(looks, targets):
 
 
 def calibrated(confidence, calibration):
-    """The share of readings with such a confidence that are right (Platt 1999)."""
+    """The share of readings with this raw confidence that are right (Platt 1999)."""
     slope, offset = calibration
     confidence = min(max(confidence, 1e-6), 1 - 1e-6)
     return 1 / (1 + math.exp(-slope * math.log(confidence / (1 - confidence)) - offset))
@@ -575,7 +577,7 @@ def calibrated(confidence, calibration):
 class Known(NamedTuple):
     """What an image can show."""
 
-    # (C,): the class to which the probability of each is added, C being none; None: each to itself
+    # (C,): for each class, the class that gets its probability, C: none; None: each keeps its own
     taken_for: torch.Tensor | None = None
     lexicon: tuple = ()  # the texts it can show; none: any
     lowered: tuple = ()  # the same in small letters
@@ -584,9 +586,9 @@ class Known(NamedTuple):
 def know(charset, allowed=None, lexicon=None):
     """The Known of the characters that are allowed, a string; None: all that the charset holds.
 
-    Where only one case of a letter is allowed, the other is read as it. lexicon: texts, or a file
-    with one per line; None: any. Names texts with other characters on standard error and leaves
-    them out. InputError: nothing is left, or no such character or file.
+    Where only one case of a letter is allowed, the other is read as that one. lexicon: texts, or a
+    file with one per line; None: any. Texts with other characters are left out, the first five of
+    them named on standard error. InputError: nothing is left, or no such character or file.
     """
     allowed = normalize("NFC", "".join(map(str, "" if allowed is None else allowed)))
     if unknown := charset.unknown(allowed):
@@ -625,8 +627,8 @@ def read_lexicon(lexicon):
 def find_in_lexicon(looks, charset, reading, known):
     """The Reading of the likeliest of known texts in some Looks (Shi et al. 2015, part 2.3).
 
-    In capitals or small letters, since people write PARIS where a list has Paris: case only tells
-    texts apart that differ by it alone. reading: what is read in them without the lexicon.
+    Case is ignored, since people write PARIS where a list has Paris, except to tell apart texts
+    that differ in nothing else. reading: what is read in the Looks without the lexicon.
     """
     nearest = dict(scorer=Levenshtein.distance, limit=SHORTLIST)
     nearest = process.extract(reading.text.lower(), known.lowered, **nearest)
@@ -654,16 +656,16 @@ def find_in_lexicon(looks, charset, reading, known):
 
 
 def add_cases(log_probs, charset):
-    """log_probs (T, C) with that of either case for every letter, so that they add up to more."""
+    """log_probs (T, C) with each letter given the sum of its two cases; they now sum to over 1."""
     padded = F.pad(log_probs, (0, 1), value=-math.inf)  # (T, C + 1)
     return torch.logaddexp(log_probs, padded[:, charset.other_case])  # (T, C)
 
 
 def align(log_probs, target):
-    """The frame of each character of a target that most of its alignments with (T, C) have it in.
+    """For each character of a target, the frame that most alignments with log_probs (T, C) give it.
 
-    By the gradient of the CTC loss, the probability of a class less the share of alignments that
-    are in it at a frame (Graves et al. 2006, equation 16).
+    From the gradient of the CTC loss: at each frame, the probability of a class minus the share of
+    alignments that are in it (Graves et al. 2006, equation 16).
     """
     with torch.inference_mode(False), torch.enable_grad():
         # Every character as a class of its own, or two of a kind could not be told apart
@@ -700,7 +702,7 @@ def read_images(model, images, batch_size, known=None):
 
 
 def is_unsure(image, reading):
-    """Whether to look again: also where ink reads as nothing, as heavy letters taken for shade."""
+    """Whether to look again: also if ink reads as nothing, like heavy letters taken for shade."""
     return reading.confidence < SECOND_LOOK or (not reading.text and (image < INK_TONE).any())
 
 
@@ -750,14 +752,14 @@ def choose_reading(model, image, looks, known):
 
 
 def count_lines(image):
-    """How many bands of rows with ink an image (HEIGHT, W) has that are high enough for lines."""
+    """How many bands of inked rows in an image (HEIGHT, W) are tall enough to be lines."""
     inked = (image < INK_TONE).any(1).numpy()  # (HEIGHT,)
     bands = np.flatnonzero(np.diff(inked, prepend=False, append=False)).reshape(-1, 2)  # from, to
     heights = bands[:, 1] - bands[:, 0]
     highest = heights.max(initial=0)
-    bands = bands[heights >= max(4, 0.7 * highest)]  # 4: no mere rule
+    bands = bands[heights >= max(4, 0.7 * highest)]  # below 4 rows: a ruled line
     gaps = bands[1:, 0] - bands[:-1, 1]
-    # Nearer ones are parts of one, as of a 1 in seven segments.
+    # Bands closer than this are parts of one line, such as a 1 in seven segments.
     return len(bands[:1]) + np.count_nonzero(gaps >= highest / 3)
 
 
@@ -776,7 +778,7 @@ def invert(image):
 
 
 def shrink(image):
-    """An image (HEIGHT, W) with its text smaller, without high margins: (HEIGHT, new width)."""
+    """An image (HEIGHT, W) without high margins, with 6 more columns of paper: (HEIGHT, new W)."""
     height, width = image.shape
     top, bottom = inked_rows(image.numpy() < 155)  # lighter than INK_TONE: keeps faint ink
     if 0 < bottom - top <= 0.75 * height:
@@ -838,7 +840,7 @@ def whole_file(path):
 
 
 def check_output(path, constant):
-    """Fail now, and not after the work, where a file cannot be written. InputError: it is none."""
+    """Fail now, not after the work, if path cannot be written. InputError: it names no file."""
     if not Path(path or "").name or Path(path).is_dir():
         raise InputError(f"{constant} = {path!r} is no file: give it the name of one")
     Path(path).parent.mkdir(parents=True, exist_ok=True)
@@ -921,6 +923,8 @@ def read_labels(csv_path):
     if not isinstance(rows.index, pd.RangeIndex):  # pandas has made the first field an index
         raise InputError(f"{csv_path} has too many fields in a line: quote labels with commas")
     rows = rows.rename(columns=lambda name: name.strip().lower())
+    if rows.columns.has_duplicates:  # as Label and label are now
+        raise InputError(f"{csv_path} names a column twice: {','.join(rows.columns)}")
     for column in ("image_path", "label"):  # data.csv adds source and split
         if column not in rows.columns:
             wanted = f"its first line must be image_path,label (found: {','.join(rows.columns)})"

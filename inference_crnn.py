@@ -45,7 +45,7 @@ MIN_CONFIDENCE = 0.5  # a reading below this is marked for a person to check
 PREDICTIONS_CSV = "predictions.csv"  # all readings
 PREDICTIONS_JSONL = None  # "predictions.jsonl": also a line per image with every character
 ONNX_PATH = None  # "crnn.onnx": also export the model (pip install onnx onnxscript)
-REPORT_DIR = "ocr_crnn_model/report"  # for index.html (labels) and check.html (none); None: neither
+REPORT_DIR = "ocr_crnn_model/report"  # index.html if labelled, check.html if not; None: neither
 NUM_THREADS = crnn.usable_cores()  # that decode images
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # where to read
 # --------------------------------------------------------------------------------------------------
@@ -104,7 +104,7 @@ def recognize(images, model=None, allowed=None, lexicon=None):
     model: what crnn.load_checkpoint returned or, slower for many calls, a path; None: model_path().
     allowed, lexicon: see crnn.know; None: ALLOWED and LEXICON. Returns a list of crnn.Reading
     (text, confidence, characters, unrestricted), None for an image that cannot be read; the reason
-    is printed to standard error. InputError: a bad checkpoint, or nothing allowed that it knows.
+    is printed to standard error. InputError: a bad checkpoint, allowed or lexicon.
     """
     if is_single(images):
         images = [images]
@@ -127,7 +127,7 @@ def is_single(images):
         return True  # also None, which cv2.imread makes of a file that is not there
     shape = getattr(images, "shape", ())
     channels = shape[2:] + shape[:1] * isinstance(images, torch.Tensor)
-    encoded = len(shape) == 1 and str(images.dtype) == "uint8"  # a file's bytes
+    encoded = len(shape) == 1 and str(images.dtype).endswith("uint8")  # a file's bytes
     return encoded or len(shape) == 2 or (len(shape) == 3 and min(channels) < 5)
 
 
@@ -145,9 +145,10 @@ def read_each(images, model, known):
             if reason:
                 print(f"skipped: {reason}", file=sys.stderr, flush=True)
             elif image.shape[1] < crnn.HEIGHT / 2 and readings[i].confidence < crnn.SECOND_LOOK:
-                # Turned to either side, three characters at least: a lone I would be a dash
-                turned = [crnn.load_image(chunk[i], turns) for turns in (1, 3)]
-                others = crnn.read_images(model, turned, 1, [limits[i]] * 2)
+                # Try both quarter-turns; trust three characters or more: a lone I would be a dash
+                turned = [crnn.try_load(chunk[i], turns)[0] for turns in (1, 3)]
+                turned = [view for view in turned if view is not None]  # of a stream: read once
+                others = crnn.read_images(model, turned, 1, [limits[i]] * len(turned))
                 longer = [reading for reading in others if len(reading.text) > 2]
                 readings[i] = max([readings[i], *longer], key=lambda reading: reading.confidence)
             yield readings.get(i)
@@ -166,7 +167,7 @@ class Sample(NamedTuple):
 
 
 def list_csv(path):
-    """The Samples of a csv, whose paths, also of a column lexicon, start at its own folder."""
+    """The Samples of a csv; its paths, also those of a column lexicon, start at its own folder."""
     rows = crnn.add_split(crnn.read_labels(path)).reindex(columns=Sample._fields, fill_value="")
     names = rows.lexicon.str.strip().str.replace("\\", "/")
     lexica = [name and Path(path).parent / name for name in names]
@@ -238,8 +239,8 @@ def know_each(samples, charset):
 def read_all(samples, model):
     """Read samples, show each, and write PREDICTIONS_JSONL.
 
-    Returns a DataFrame of what could be read: COLUMNS, and others, a list with the alternatives of
-    each character of the prediction, such as ["1I", ""].
+    Returns a DataFrame of what could be read: COLUMNS, and a column others, which lists the
+    alternatives of each character of the prediction, such as ["1I", ""].
     """
     import pandas as pd  # here, so that recognize() from Python does not wait for it
 
@@ -300,8 +301,12 @@ def numbered(name):
 
 def thumbnail(path):
     """A small picture of an image, grey, as a data URL: its page needs no other file."""
-    with Image.open(path) as image:
-        grey = crnn.to_grey(ImageOps.exif_transpose(image))
+    try:
+        with Image.open(path) as image:
+            grey = crnn.to_grey(ImageOps.exif_transpose(image))
+    except OSError as error:  # deleted since it was read
+        print(f"{path}: no picture on the page ({error})", file=sys.stderr)
+        return ""
     grey.thumbnail((1400, 64))  # pixels: sharp at the page's 3.5em, and 3 kB
     memory = io.BytesIO()
     grey.save(memory, "JPEG", quality=75)
@@ -386,6 +391,8 @@ def main(arguments=()):
         print(__doc__)
         return 0 if options & {"-h", "--help"} else 2
     crnn.check_output(PREDICTIONS_CSV, "PREDICTIONS_CSV")
+    if PREDICTIONS_JSONL:
+        crnn.check_output(PREDICTIONS_JSONL, "PREDICTIONS_JSONL")
     former = modified(PREDICTIONS_CSV)
     model = load_checkpoint(model_path(), DEVICE)
     print(describe_weights(model.facts))

@@ -41,8 +41,8 @@ from crnn import InputError, split_of, whole_file
 
 # --------------------------------------------------------------------------------------------------
 # How many images of each source; 0 skips it. One in 20 is for validation, one for the test. These
-# numbers suit a first training of eight minutes: mostly what is soon learned. The bundled weights
-# learned from far more, and far more handwriting.
+# numbers suit a first run of eight minutes, drawing and training: mostly what is soon learned. The
+# bundled weights learned from far more, and far more handwriting.
 NUM_IMAGES = {
     "trdg_custom": 7_200,  # printed text, set by TRDG
     "synthetic_math": 1_600,  # printed expressions
@@ -114,7 +114,7 @@ def clouds(shape, patches):
     return cv2.resize(few, shape[::-1], interpolation=cv2.INTER_CUBIC).clip(0, 1)  # (H, W)
 
 
-# ---- Words. A word's split follows from its letters: none of the test is trained on, in any case.
+# ---- Words. A word's letters decide its split: no test word is trained on, in capitals or not.
 
 
 @cache
@@ -220,10 +220,10 @@ def acceptable(label):
 
 
 # ---- Fonts. A font is only asked for what it draws, and draws unlike everything else.
-# Pairs that many fonts draw alike, and the overlap from which nobody tells them apart, found by
+# Pairs that many fonts draw alike, and the overlap above which nobody tells them apart, found by
 # looking at the fonts around it
 SAME_FROM = {"O0": 0.75, "Il": 0.72, "I|": 0.72, "l|": 0.72, "1l": 0.72, "1I": 0.72}
-SPACES = [1.7] * 9 + [6]  # the widest, in the font's own; in one line of ten columns are far apart
+SPACES = [1.7] * 9 + [6]  # the widest, in the font's own; one line in ten has columns far apart
 
 
 class Font(NamedTuple):
@@ -268,7 +268,7 @@ def find_fonts():
 def survey_font(path, kind, charset):
     """A Font with the characters whose label an image in it can bear. OSError: no usable font."""
     face, smallest = typeface(path, 40), typeface(path, 20)
-    family = face.getname()[0].split()[0].lower()
+    family = (face.getname()[0] or Path(path).stem).split()[0].lower()
     characters = distinct_characters(face, charset)
     n, *below = (face.getbbox(c, anchor="ls")[3] for c in "npgy")  # pixels below the baseline
     if max(below) - n < 3:  # capitals for small letters: none reaches below the line
@@ -295,7 +295,7 @@ def distinct_characters(face, charset):
         above_line = offset[1] < -1  # by more than a pixel: it would be cut off
         if c == " " or (any(pixels) and (size, pixels) not in unknown and not above_line):
             same_shape.setdefault((size, pixels, offset), []).append(c)
-    # c and C drawn alike are one capital; I and l drawn alike are neither: no label could be read.
+    # If c and C look alike, only C is kept; if I and l do, neither is: no label could be read.
     return {min(same) for same in same_shape.values() if len({c.lower() for c in same}) == 1}
 
 
@@ -496,7 +496,8 @@ def parse_unipen(root, target):
     """Parse the files of root's data/ and include/ into one compact one; say what was skipped."""
     contributors = sorted({path.name for path in root.glob("data/*/*")} - MISCOUNTED)
     look = dict(desc="reading UNIPEN", chunksize=1, disable=None)  # None: no bar in a log file
-    parts = process_map(partial(parse, root), contributors, max_workers=NUM_WORKERS, **look)
+    workers = max(1, NUM_WORKERS)
+    parts = process_map(partial(parse, root), contributors, max_workers=workers, **look)
     samples = [sample for part, _ in parts for sample in part]
     if not samples:
         raise InputError(f"no pen strokes can be read in {root}")
@@ -548,7 +549,7 @@ def read_blocks(path, include):
 
 
 def scale_of(facts):
-    """What x and y of a tablet are multiplied with, float32 (2,): y shall point down."""
+    """The factors for a tablet's x and y, float32 (2,), to even them out and point y down."""
     [across, *_] = facts.get("X_POINTS_PER_INCH", ["1"])
     [down, *_] = facts.get("Y_POINTS_PER_INCH", [across])
     with contextlib.suppress(ValueError, ZeroDivisionError):
@@ -622,7 +623,7 @@ def believable(strokes, label):
     width, height = np.ptp(np.concatenate(strokes), axis=0)
     if label in IN_PIECES and len(strokes) == 1:
         return False
-    if len(label) == 1:  # signs may be far larger than the median of people who wrote few but dots
+    if len(label) == 1:  # signs may be far larger than the median of people who wrote mostly dots
         compact = height < 330 and width < 2.5 * height
         return compact if label.isalnum() else max(width, height) < 100 * STROKES_HEIGHT
     if height > 330 or not max(14, 0.15 * height) < width / len(label) < 330:
@@ -925,7 +926,7 @@ def apply(steps, ink):
 
 
 def warp(ink):
-    """A line (H, W) in other proportions and curves: fifty fonts would be learned by heart."""
+    """A line (H, W) in other proportions and curves: else fifty fonts would be learned by heart."""
     tall, more = len(ink), len(ink) // 8  # rows to move into
     ink = np.pad(ink, ((more, more), (4, 4)))
     reach, patches = uniform(0, 0.2) * tall, uniform(1.5, 3)
@@ -1384,7 +1385,7 @@ Chunk = namedtuple("Chunk", "source start number mark csv")
 
 
 def find_mark():
-    """Changes with all that shapes the images, but not with comments, numbers and places."""
+    """A hash of all that shapes the images: docstrings count; comments, counts, folders do not."""
     parts = [globals()[name] for name in SHAPING]
     parts += [version("pillow"), version("trdg"), cv2.__version__, np.__version__]
     parts += [code_below_constants(__file__), code_below_constants(crnn.__file__)]
@@ -1396,7 +1397,7 @@ def find_mark():
 
 
 def code_below_constants(path):
-    """A script without its comments and the constants that are fenced in at its top."""
+    """The code below a script's fenced-in constants, without comments but with docstrings."""
     fence = "# " + "-" * 98 + "\n"
     return ast.dump(ast.parse(Path(path).read_text(encoding="utf-8").split(fence, 2)[-1]))
 
@@ -1440,12 +1441,13 @@ def draw_all(counts):
     if missing:  # the labels of the former images
         (folder / "data.csv").unlink(missing_ok=True)
     cv2.setNumThreads(1)  # before the fork: a worker would wait for ever for threads left behind
-    # A spawned worker has imported the constants as written in this file: it is given the present.
+    # A spawned worker has the constants as written in this file: give it the current values.
     constants = {name: globals()[name] for name in [*SHAPING, "FONTS_DIR", "DATASETS_DIR"]}
     task = partial(draw_chunk, constants)
     new = sum(chunk.number for chunk in missing)
-    with ProcessPoolExecutor(NUM_WORKERS) as pool, crnn.progress(desc="drawing", total=new) as bar:
-        for number in (pool.map if NUM_WORKERS > 1 else map)(task, missing):
+    workers, bar = max(1, NUM_WORKERS), crnn.progress(desc="drawing", total=new)
+    with ProcessPoolExecutor(workers) as pool, bar:
+        for number in (pool.map if workers > 1 else map)(task, missing):
             bar.update(number)
     return chunks, new
 
@@ -1480,15 +1482,21 @@ def custom_rows():
     """The rows of labels.csv in datasets/custom and in its folders, in the form of data.csv."""
     datasets, parts = Path(DATASETS_DIR), [pd.DataFrame(columns=COLUMNS)]
     folder = datasets / "custom"
-    paths = [*sorted(folder.glob("labels*.csv")), *sorted(folder.glob("*/labels*.csv"))]
+    paths = [*folder.glob("labels*.csv"), *folder.glob("*/labels*.csv")]
     if folder.is_dir() and not paths:
         print(f"{folder.as_posix()} is skipped: it has no labels.csv with image_path,label")
-    for path in paths:
+    # In a folder the newest last: of what two of its files name, as after a second round of
+    # corrections, the newer label counts.
+    for path in sorted(paths, key=lambda path: (path.parent, path.stat().st_mtime_ns)):
         rows = crnn.read_labels(path)
         rows = rows.assign(source=rows.get("source", path.parent.name), style="custom")
         rows = crnn.add_split(rows)
-        images = [os.path.relpath(image, datasets) for image in crnn.image_paths(rows, path)]
+        try:
+            images = [os.path.relpath(image, datasets) for image in crnn.image_paths(rows, path)]
+        except ValueError:  # of Windows: no path leads there
+            raise InputError(f"{path}: images on another drive, move them to {folder}") from None
         rows["image_path"] = [Path(image).as_posix() for image in images]
+        parts = [part[~part.image_path.isin(rows.image_path)] for part in parts]
         parts.append(rows[COLUMNS])
     return pd.concat(parts, ignore_index=True)
 

@@ -58,21 +58,21 @@ MIN_STEPS = 1_500  # batches; with few images there are more epochs, until there
 BATCH_SIZE = 32  # images of one padded width in a step, over all processes together
 WARM_UP = 0.1  # share of training in which the learning rates rise to their peak
 WEIGHT_DECAY = 1e-2  # of AdamW
-AVERAGE = 0.1  # share of the steps so far, the last ones, that the saved weights are a mean of
+AVERAGE = 0.1  # the saved weights are a mean over about this last share of the steps so far
 KEEP_START = 0.0  # share of INIT_WEIGHTS in the saved weights; 0.5 forgets little of what they knew
 DROPOUT = 0.0  # share of the features and of the LSTM's output that is zeroed
 AUGMENT = 1.0  # strength of the random changes to the training images; 0: none
 BLANKS = 0.01  # share of training images that are replaced by empty paper, labelled ""
 
 # How
-SEED = 0  # the same seed, data and machine give the same weights
+SEED = 0  # the same seed, data and machine give the same weights, on a GPU nearly
 NUM_THREADS = crnn.usable_cores()  # that decode images at the start
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # under torchrun, a GPU for each process
 PRECISION = None  # "bfloat16", "float16", "float32"; None: bfloat16 where the hardware has it
 # --------------------------------------------------------------------------------------------------
 
 SHOWN = 3  # rows named per reason for skipping rows, and examples shown per epoch
-ENOUGH = 5_000  # training images below which learning from nothing comes to little
+ENOUGH = 5_000  # usable images, of all splits, below which learning from nothing comes to little
 
 
 def recipe():
@@ -82,7 +82,7 @@ def recipe():
 
 # ---- Data
 def read_rows(known):
-    """All rows of DATA_CSV, and the Charset of the known characters and those of their labels."""
+    """All rows of DATA_CSV, and the Charset: known characters and those common enough in train."""
     rows = crnn.add_split(crnn.read_labels(DATA_CSV))
     unknown_splits = sorted(set(rows.split) - {"train", "val", "test"})
     if unknown_splits:
@@ -178,7 +178,7 @@ def shuffle_batches(buckets, generator):
         order = torch.randperm(len(bucket), generator=generator)
         batches += [(bucket, indices) for indices in order.split(BATCH_SIZE)]
     # All processes shuffle alike, so that each has its part of the same batch; where the last of a
-    # bucket is too small for that, its images are taken twice.
+    # bucket is too small for that, its images are repeated.
     order = torch.randperm(len(batches), generator=generator).tolist()
     for bucket, indices in (batches[i] for i in order):
         indices = indices.repeat(math.ceil(world_size() / len(indices)))
@@ -193,7 +193,7 @@ def spread(n, strength, like):
 
 
 def choose(n, share, like):
-    """1 for a share of n lines, 0 for the others, (n, 1, 1, 1)."""
+    """1 with a chance of share, else 0, for each of n lines, (n, 1, 1, 1)."""
     return (torch.rand(n, 1, 1, 1, device=like.device) < share).float()
 
 
@@ -327,7 +327,8 @@ def make_optimizers(net, steps):
     rates = dict(muon=recipe()["matrix_learning_rate"], adamw=recipe()["learning_rate"])
     adamw = torch.optim.AdamW(others, rates["adamw"], weight_decay=WEIGHT_DECAY, fused=True)
     parts = dict(muon=Muon(matrices, rates["muon"]), adamw=adamw)
-    cycle = dict(total_steps=steps + 1, pct_start=WARM_UP, cycle_momentum=False)
+    rise = max(WARM_UP, 1.5 / (steps + 1))  # torch divides by 0 where it is one step exactly
+    cycle = dict(total_steps=steps + 1, pct_start=rise, cycle_momentum=False)
     for name, rate in rates.items():
         parts[f"{name} schedule"] = OneCycleLR(parts[name], rate, **cycle)
     half = crnn.compute_dtype(torch.device(DEVICE).type, PRECISION) == torch.float16
@@ -435,7 +436,7 @@ def train_step(net, parts, images, targets, lengths):
 
 def train_epoch(net, parts, buckets, epoch, epochs):
     """One pass over buckets. Returns the loss of every batch."""
-    # By the epoch's number, so that resuming is exact: one order for all, changes of one's own
+    # Seeded by the epoch, so that resuming is exact: all share one order, each augments its own way
     batches = list(shuffle_batches(buckets, torch.Generator().manual_seed(SEED + epoch)))
     torch.manual_seed(SEED + 1_000_003 * epoch + rank())
     model = getattr(net, "module", net).crnn  # also where it is distributed
@@ -494,7 +495,7 @@ def resume_path():
 
 
 def save_if_best(state, model, exact, cer, rows):
-    """Save an epoch that reads the val rows as well as the best before, or the starting weights."""
+    """Save an epoch that reads the val rows at least as well as the best so far, or the start."""
     if exact < state["best"]:
         return
     path = Path(MODEL_PATH)
@@ -578,7 +579,10 @@ def end_epoch(state, net, parts, losses, started, val, rows, epochs):
     save_if_best(state, model, exact, cer, rows)
     saved = {name: part.state_dict() for name, part in dict(parts, net=net).items()}
     crnn.save_tensors(resume_path(), state | saved)
-    write_history(state["history"], curves=shown)
+    try:
+        write_history(state["history"], curves=shown)
+    except PermissionError as error:  # on Windows, while Excel has it open
+        print(f"    history.csv and the curves are left as they were ({error})")
 
 
 def start_processes():
@@ -590,7 +594,7 @@ def start_processes():
         if device.type == "cuda":
             device, backend = torch.device("cuda", int(os.environ["LOCAL_RANK"])), "nccl"
             torch.cuda.set_device(device)
-        # Before there is a group, which the defaults of its functions would hold for good
+        # Import it before there is a group: its default arguments would hold the group for good
         from torch.distributed.nn import functional  # noqa: F401, see the end of main
 
         dist.init_process_group(backend, timeout=timedelta(days=1))  # the others wait for rank 0
@@ -609,6 +613,7 @@ def finish(state, device, val, test):
     best = crnn.load_checkpoint(MODEL_PATH, device, learn=True)
     best.calibration = crnn.UNCALIBRATED  # also where an earlier run has come as far as this
     seen = read(best, val)
+    seen = seen[seen.confidence > 0]  # that of what is no line of text is 0 whatever is read
     best.calibration = calibrate(list(seen.confidence), list(seen.label == seen.prediction))
     crnn.save_checkpoint(MODEL_PATH, best)
     print(f"✅ Model saved to {MODEL_PATH}")

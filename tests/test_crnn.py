@@ -166,6 +166,16 @@ SHOW_R7 |= {  # pairs of colours of one luminance
     for pair in (("#c80000", "#003cd7"), ("#ff8c28", "#a5a5a5"))
     for ink, ground in (pair, pair[::-1])
 }
+
+
+def test_blank_paper_stays_blank_in_any_number_of_tones():
+    paper = np.random.default_rng(0).normal(232, 2, (40, 90)).round()
+    for tones in (paper.astype(np.uint8), paper.astype(np.uint16) * 257, paper.astype(np.uint16)):
+        assert load_image(tones).min() > 200
+    for size in ((1, 1), (1, 2), (2, 2)):
+        assert load_image(np.full(size, 40_000, np.uint16)).min() > 200
+
+
 ROUGH = {"1", "bool", "mask of 0 and 1", "overshot, as where resized"}  # these lose tones
 
 
@@ -616,6 +626,7 @@ UNUSABLE = {  # what reads it, its content, and what the error is to say
     "csv without rows": (read_labels, b"image_path,label\n", "no rows"),
     "csv without labels": (read_labels, b"image_path,text\na,b\n", "no column label"),
     "malformed csv": (read_labels, b'image_path,label\na,b,c,d\n1,2\n"', "cannot be read"),
+    "csv with a column twice": (read_labels, b"image_path,label,Label\na,b,c\n", "column twice"),
     "line break": (read_labels, b'image_path,label\na,"b\rc"\n', "row 1: a label of several lines"),
     "open quotation mark": (read_labels, b'image_path,label\na,"b\nc,d\n"', "row 1: .*quotation"),
     "not UTF-8": (read_labels, b"image_path,label\na.png,\xff\xfe\n", "cannot be read"),

@@ -60,6 +60,8 @@ def test_recognize_takes_paths_images_and_arrays(infer, checkpoint, line, tmp_pa
     assert infer.recognize(iter([line]), lexicon=np.array(["x"]))[0].text == "x"
     assert infer.recognize(None) == infer.recognize(5) == [None]  # cv2.imread of a missing file
     assert len(infer.recognize(torch.zeros(3, 32, 64))) == 1
+    content = torch.frombuffer(bytearray(Path(line).read_bytes()), dtype=torch.uint8)
+    assert infer.recognize(content)[0].text == same[0].text  # as torchvision.io.read_file has it
     shown = image.copy()  # one object that is changed in place, as PIL's iterator of pages does
     frames = (shown.paste(page) or shown for page in (image, line_image("o")))
     assert infer.recognize(frames)[0].text == same[0].text
@@ -199,10 +201,16 @@ def test_a_form_has_fields_of_several_kinds(infer, checkpoint, tmp_path):
         infer.main([str(path)])
 
 
-def test_a_quarter_turn_is_read(infer, shipped):
+def test_a_quarter_turn_is_read(infer, shipped, tmp_path):
     turned = [line_image("R7-4052").transpose(Image.Transpose[f"ROTATE_{a}"]) for a in (90, 270)]
     readings = infer.recognize(turned, shipped)
     assert [reading.text for reading in readings] == ["R7-4052"] * 2
+    turned[0].save(tmp_path / "turned.png")
+    end, other_end = os.pipe()  # a stream that cannot be read twice, to be turned
+    os.write(other_end, (tmp_path / "turned.png").read_bytes())
+    os.close(other_end)
+    with open(end, "rb") as stream:
+        assert len(infer.recognize([stream], shipped)) == 1
 
 
 def test_a_name_that_is_not_utf8_is_skipped(infer, line, tmp_path, capsys):
@@ -261,6 +269,7 @@ REMEDIES = [
     ("PREDICTIONS_CSV", "bad.csv/predictions.csv", "cannot write"),
     ("ONNX_PATH", "model.onnx", "pip install onnx onnxscript"),
     ("PREDICTIONS_CSV", "empty", "PREDICTIONS_CSV = .*empty' is no file"),
+    ("PREDICTIONS_JSONL", "empty", "PREDICTIONS_JSONL = .*empty' is no file"),
     ("argument", "empty", "no images to read"),
 ]
 
@@ -272,7 +281,7 @@ def test_one_line_says_what_to_do(infer, line, tmp_path, monkeypatch, constant, 
     (tmp_path / "bad.csv").write_text("image_path,text\nx.png,x\n")
     (tmp_path / "empty").mkdir()
     path = str(tmp_path / name)
-    arguments = {"argument": [path], "PREDICTIONS_CSV": [line]}.get(constant, [])
+    arguments = [path] if constant == "argument" else [line] if "PREDICTIONS" in constant else []
     infer.set(**({} if constant == "argument" else {constant: path}))
     with pytest.raises(SystemExit, match=remedy) as stop:
         crnn.run(infer.main, arguments)

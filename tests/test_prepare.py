@@ -20,6 +20,7 @@ import pandas as pd
 import pytest
 import torchvision
 from conftest import FONT, fake_emnist, line_image, write_csv
+from fontTools.ttLib import TTFont
 from PIL import Image, ImageDraw
 
 import crnn
@@ -197,6 +198,15 @@ def test_fonts_are_only_used_for_what_they_draw(prepare):
         boxes = {bytes(mask(c)) for c in "\u0378\ue123\U000e0fff"}  # unassigned
         masks = {c: bytes(mask(c)) for c in font.characters - {" "}}
         assert [c for c in masks if masks[c] in boxes or not any(masks[c])] == [], font.path
+
+
+def test_a_font_without_a_name_goes_by_that_of_its_file(prepare, tmp_path):
+    font = TTFont(FONT)
+    del font["name"]
+    font.save(tmp_path / "Nameless.ttf")
+    assert (
+        prepare.survey_font(str(tmp_path / "Nameless.ttf"), "", "0123456789").family == "nameless"
+    )
 
 
 def test_look_alikes_stand_alone_only_where_they_can_be_told_apart(prepare, downloaded):
@@ -401,7 +411,7 @@ def test_images_of_ones_own(prepare, few_fonts, capsys):
     (folder / "labels.csv").write_text("\n".join(["image_path,label", *labels]))
     (folder / "scans" / "7.png").unlink()  # missing: it is left to the training to report
     write_csv(folder / "meters", ["12", "34"], "labels.csv", source="dials", split="test")
-    draw(prepare, capsys, NUM_IMAGES=dict(trdg_custom=2))
+    draw(prepare, capsys, NUM_IMAGES=dict(trdg_custom=2), NUM_WORKERS=0)
     own = data_rows(prepare)[2:]
     paths = [f"custom/scans/{i}.png" for i in range(30)]
     assert list(own.image_path) == [*paths, "custom/meters/0.png", "custom/meters/1.png"]
@@ -409,6 +419,13 @@ def test_images_of_ones_own(prepare, few_fonts, capsys):
     assert list(own.source) == ["custom"] * 30 + ["dials"] * 2
     assert set(own.split[:30]) == set(SPLITS)
     assert list(own.split[30:]) == ["test"] * 2
+    corrected = write_csv(folder / "meters", ["13", "34"], "labels (1).csv")
+    os.utime(corrected, (2e9, 2e9))  # newer than labels.csv
+    draw(prepare, capsys)
+    own = data_rows(prepare)[32:]
+    assert list(own.image_path) == ["custom/meters/0.png", "custom/meters/1.png"]
+    assert list(own.label) == ["13", "34"]
+    corrected.unlink()
     for path in (folder, folder / "meters"):
         (path / "labels.csv").unlink()
     assert "no labels.csv" in draw(prepare, capsys)[0]

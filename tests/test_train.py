@@ -125,6 +125,12 @@ def test_updates_are_made_orthogonal(train, shape):
     assert singular.max() < 1.5
 
 
+def test_a_training_may_have_any_number_of_steps(train):
+    net = train.WithShortcut(train.CRNN(Charset("ab"), (8, 16, 24, 32), 32))
+    for steps in range(1, 40):
+        train.make_optimizers(net, steps)
+
+
 def test_every_weight_is_learned_by_one_optimizer(train):
     net = train.WithShortcut(CRNN(Charset("abc"), (8, 16, 24, 32), 32, blocks=1))
     parts = train.make_optimizers(net, 10)
@@ -296,6 +302,14 @@ def test_a_start_that_is_stopped_loses_no_model(former, trained, capsys, init):
         assert "stopped in epoch 1: nothing was saved" in capsys.readouterr().out
     assert Path(former.MODEL_PATH).read_bytes() == (trained / "crnn.pth").read_bytes()
     assert list(folder_of(former).iterdir()) == [Path(former.MODEL_PATH)]
+
+
+def test_a_history_that_excel_holds_open_stops_nothing(tiny, capsys):
+    tiny.set(write_history=Mock(side_effect=PermissionError("history.csv")), EPOCHS=2)
+    tiny.main()
+    output = capsys.readouterr().out
+    assert output.count("left as they were (history.csv)") == 2
+    assert "Model saved" in output
 
 
 def read_well(*numbers):
