@@ -618,9 +618,10 @@ def read_lexicon(lexicon):
             lexicon = Path(lexicon).read_text(encoding="utf-8-sig").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(f"LEXICON: {lexicon} is not a text file in UTF-8 ({error})") from None
-    if isinstance(lexicon, CONTENTS) or not all(isinstance(text, (str, int)) for text in lexicon):
+    texts = [] if isinstance(lexicon, CONTENTS) else list(lexicon)  # an iterator is read once
+    if isinstance(lexicon, CONTENTS) or not all(isinstance(text, (str, int)) for text in texts):
         raise InputError("LEXICON must be a file with a text per line, or a list of texts")
-    texts = [normalize("NFC", str(text)).strip() for text in lexicon]
+    texts = [normalize("NFC", str(text)).strip() for text in texts]
     return list(dict.fromkeys(filter(None, texts)))
 
 
@@ -636,7 +637,11 @@ def find_in_lexicon(looks, charset, reading, known):
     texts = [known.lexicon[i] for i in places]
     targets = [charset.encode(text) for text in (*texts, reading.text)]
     any_case = [look._replace(log_probs=add_cases(look.log_probs, charset)) for look in looks]
-    scores = mean_log_probability(any_case, targets[:-1])  # (texts,)
+    # One class for both cases: in Aaron a blank is needed between the first two, or Aron is as good
+    one_case = [[min(c, charset.other_case[c]) for c in target] for target in targets[:-1]]
+    scores = mean_log_probability(any_case, one_case)  # (texts,)
+    if any(frames_needed(a) > frames_needed(b) for a, b in zip(one_case, targets)):
+        scores = scores.maximum(mean_log_probability(looks, targets[:-1]))  # A and a, none between
     if len(set(lowered)) < len(lowered):  # a text's share among its twins, as they are written
         twins = torch.tensor([[a == b for b in lowered] for a in lowered])  # (texts, texts)
         as_written = mean_log_probability(looks, targets[:-1]).where(twins, -math.inf)
@@ -938,7 +943,7 @@ def read_labels(csv_path):
 def clean(labels, csv_path):
     """Labels (a Series) in one spelling, without spaces at the ends: no image shows either."""
     # Spaces of any width, and what is not seen at the ends
-    labels = labels.str.replace(r"[\u00a0\u1680\u2000-\u200a\u202f\u205f\u3000]", " ", regex=True)
+    labels = labels.str.replace("[\u00a0\u1680\u2000-\u200a\u202f\u205f\u3000]", " ", regex=True)
     labels = labels.str.strip(" \t\u200b\ufeff")
     broken = labels.str.contains("[\n\r\x85\u2028\u2029]")
     if broken.any():

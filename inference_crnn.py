@@ -108,8 +108,8 @@ def recognize(images, model=None, allowed=None, lexicon=None):
     """
     if is_single(images):
         images = [images]
-    elif not isinstance(images, (list, tuple)):  # an iterator may yield one object again and again
-        images = [image.copy() if hasattr(image, "copy") else image for image in images]
+    elif not isinstance(images, (list, tuple)):
+        images = list(map(snapshot, images))
     if not isinstance(model, crnn.CRNN):
         model = load_checkpoint(model or model_path(), DEVICE)
     if model.training:
@@ -118,6 +118,14 @@ def recognize(images, model=None, allowed=None, lexicon=None):
     lexicon = LEXICON if lexicon is None else lexicon
     known = crnn.know(model.charset, allowed, lexicon)
     return list(read_each(images, model, [known] * len(images)))
+
+
+def snapshot(image):
+    """A copy of an image, as an iterator may change and yield one object again and again."""
+    if hasattr(image, "copy") and not isinstance(image, crnn.PATHS):  # some paths copy their files
+        with suppress(OSError, SyntaxError):  # damaged: crnn.load_image says so
+            return image.copy()
+    return image
 
 
 def is_single(images):

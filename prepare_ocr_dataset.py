@@ -275,7 +275,7 @@ def survey_font(path, kind, charset):
         characters -= {c for c in characters if c.islower() and c not in MATH_SIGNS}
     # Thin dashes may be hinted away in the smallest size of a line.
     characters -= {c for c in characters - {" "} if not any(bytes(smallest.getmask(c)))}
-    if len(characters) < 10:  # not even the digits
+    if len(characters) < min(10, len(charset)):  # not even the digits
         raise OSError(f"it draws only {len(characters)} of CHARSET")
     pairs = [p for p in SAME_FROM if set(p) <= characters and overlap(face, *p) > SAME_FROM[p]]
     return Font(path, kind, family, frozenset(characters), frozenset("".join(pairs)))
@@ -446,6 +446,7 @@ def emnist(split):
     order = np.random.default_rng(SEED).permutation(len(images))
     if split != "test":  # of the train file, one in CYCLE is for validation
         order = order[(order % CYCLE == 0) == (split == "val")]
+    order = order[np.isin(labels[order], list(CHARSET))]
     images, labels = np.ascontiguousarray(images[order]), labels[order]
     return images, labels, {c: np.flatnonzero(labels == c) for c in ALPHANUMERIC}
 
@@ -1406,7 +1407,8 @@ def rows_of(chunk):
     """The rows of a chunk that is done, a DataFrame, or None."""
     with contextlib.suppress(InputError, KeyError):  # not there, or damaged
         rows = crnn.read_labels(chunk.csv).head(chunk.number)
-        if len(rows) == chunk.number and (rows["mark"] == chunk.mark).all():
+        there = all(map(Path.exists, crnn.image_paths(rows, chunk.csv.parent)))
+        if there and len(rows) == chunk.number and (rows["mark"] == chunk.mark).all():
             return rows[COLUMNS]
     return None
 
@@ -1473,6 +1475,7 @@ def count_images():
     if "emnist_images" in counts:  # no character twice
         most = [len(emnist(s)[1]) * (1 if s == "train" else CYCLE) for s in SPLITS]
         counts["emnist_images"] = min(counts["emnist_images"], *most)
+    counts = {source: number for source, number in counts.items() if number}  # EMNIST has no signs
     if not counts:
         raise InputError("nothing to draw: set a number in NUM_IMAGES, see also the lines above")
     return counts
@@ -1480,14 +1483,14 @@ def count_images():
 
 def custom_rows():
     """The rows of labels.csv in datasets/custom and in its folders, in the form of data.csv."""
-    datasets, parts = Path(DATASETS_DIR), [pd.DataFrame(columns=COLUMNS)]
+    datasets, tables = Path(DATASETS_DIR), {}
     folder = datasets / "custom"
-    paths = [*folder.glob("labels*.csv"), *folder.glob("*/labels*.csv")]
+    paths = [*sorted(folder.glob("labels*.csv")), *sorted(folder.glob("*/labels*.csv"))]
     if folder.is_dir() and not paths:
         print(f"{folder.as_posix()} is skipped: it has no labels.csv with image_path,label")
-    # In a folder the newest last: of what two of its files name, as after a second round of
-    # corrections, the newer label counts.
-    for path in sorted(paths, key=lambda path: (path.parent, path.stat().st_mtime_ns)):
+    # The newest last: of an image that two files name, as after a second round of corrections, the
+    # newer label counts.
+    for path in sorted(paths, key=lambda path: path.stat().st_mtime_ns):
         rows = crnn.read_labels(path)
         rows = rows.assign(source=rows.get("source", path.parent.name), style="custom")
         rows = crnn.add_split(rows)
@@ -1496,9 +1499,11 @@ def custom_rows():
         except ValueError:  # of Windows: no path leads there
             raise InputError(f"{path}: images on another drive, move them to {folder}") from None
         rows["image_path"] = [Path(image).as_posix() for image in images]
-        parts = [part[~part.image_path.isin(rows.image_path)] for part in parts]
-        parts.append(rows[COLUMNS])
-    return pd.concat(parts, ignore_index=True)
+        for other, table in tables.items():
+            tables[other] = table[~table.image_path.isin(rows.image_path)]
+        tables[path] = rows[COLUMNS]
+    none = pd.DataFrame(columns=COLUMNS)
+    return pd.concat([none, *(tables[path] for path in paths)], ignore_index=True)
 
 
 def contact_sheet(path, cells, columns, width=230):
@@ -1543,6 +1548,8 @@ def main():
     for path in (TEXTS_FILE, WORDS_FILE, LEFT_OUT_FILE, PLACES_FILE):
         if not path.exists():
             raise InputError(f"{path} is missing: it is part of the repository, fetch it again")
+    if not Path(FONTS_DIR).is_dir():
+        raise InputError(f"no folder FONTS_DIR = {FONTS_DIR!r}: start in the project's folder")
     text_generator(), read_grammar()  # fail here, and not in every worker
     chunks, new = draw_all(count_images())
     drawn = pd.concat(map(rows_of, chunks), ignore_index=True)

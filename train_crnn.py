@@ -327,7 +327,8 @@ def make_optimizers(net, steps):
     rates = dict(muon=recipe()["matrix_learning_rate"], adamw=recipe()["learning_rate"])
     adamw = torch.optim.AdamW(others, rates["adamw"], weight_decay=WEIGHT_DECAY, fused=True)
     parts = dict(muon=Muon(matrices, rates["muon"]), adamw=adamw)
-    rise = max(WARM_UP, 1.5 / (steps + 1))  # torch divides by 0 where it is one step exactly
+    # At least 1.5 steps: torch divides by 0 where it is one exactly
+    rise = min(1.0, max(WARM_UP, 1.5 / (steps + 1)))
     cycle = dict(total_steps=steps + 1, pct_start=rise, cycle_momentum=False)
     for name, rate in rates.items():
         parts[f"{name} schedule"] = OneCycleLR(parts[name], rate, **cycle)
@@ -360,6 +361,7 @@ def make_model(charset):
         return CRNN(charset, dropout=DROPOUT, **sizes)
     start = crnn.load_checkpoint(INIT_WEIGHTS, learn=True)
     model, known = CRNN(charset, dropout=DROPOUT, **start.architecture), start.charset.index
+    model.known_classes = start.charset.num_classes  # the first; new characters follow
     model.cnn.load_state_dict(start.cnn.state_dict())
     model.lstm.load_state_dict(start.lstm.state_dict())
     with torch.no_grad():
@@ -399,9 +401,10 @@ def mix_in(start, average):
     if not (INIT_WEIGHTS and KEEP_START):
         return average
     model = copy.deepcopy(average)
-    for mean, first in zip(model.state_dict().values(), start.state_dict().values()):
-        if mean.is_floating_point():
-            mean.lerp_(first, KEEP_START)
+    for (name, mean), first in zip(model.state_dict().items(), start.state_dict().values()):
+        known = slice(start.known_classes if name.startswith("linear") else None)
+        if mean.is_floating_point():  # new characters had no start
+            mean[known].lerp_(first[known], KEEP_START)
     return model
 
 
@@ -635,7 +638,7 @@ def main():
     rows, charset = read_rows(known)
     buckets, val, test = load_rows(rows, charset)
     number = sum(math.ceil(len(bucket) / BATCH_SIZE) for bucket in buckets)
-    epochs = max(EPOCHS, math.ceil(MIN_STEPS / number))
+    epochs = max(1, EPOCHS, math.ceil(MIN_STEPS / number))
 
     net = WithShortcut(make_model(charset)).to(device)
     parts = make_optimizers(net, epochs * number)

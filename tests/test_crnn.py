@@ -497,6 +497,18 @@ def test_a_text_of_the_lexicon_may_be_written_in_capitals(shipped):
     assert read_images(shipped, images[:1], 8, [without])[0].confidence < 0.5
 
 
+@pytest.mark.parametrize("path, text", [("AA-r-o-n-", "Aron"), ("A-a-r-o-n", "Aaron")])
+def test_a_letter_that_is_held_is_not_taken_for_two(path, text):
+    charset = Charset("Aaron")
+    logits = torch.full((len(path), 1, charset.num_classes), 0.006).log()  # (T, 1, C)
+    for frame, c in enumerate(path):
+        logits[frame, 0, charset.index.get(c, crnn.BLANK)] = np.log(0.97)
+    looks = [crnn.Look(crnn.greedy_decode(logits, charset)[0], logits[:, 0].log_softmax(1), 9)]
+    known = crnn.know(charset, lexicon=["Aaron", "Aron"])
+    reading = crnn.find_in_lexicon(looks, charset, looks[0].reading, known)
+    assert reading.text == text and reading.confidence > 0.9
+
+
 def test_a_lexicon_is_read_by_and_what_it_lacks_is_doubted(shipped, tmp_path, capsys):
     images, path = lines("Serial", "Abbott", "Total"), tmp_path / "texts.txt"
     path.write_text("Seria1\n\nAbbot\nTotal \nSérial\nOther\n", encoding="utf-8")

@@ -1,5 +1,6 @@
 """Reading: from Python, from the command line, and the three scripts in sequence."""
 
+import io
 import json
 import multiprocessing
 import os
@@ -65,6 +66,10 @@ def test_recognize_takes_paths_images_and_arrays(infer, checkpoint, line, tmp_pa
     shown = image.copy()  # one object that is changed in place, as PIL's iterator of pages does
     frames = (shown.paste(page) or shown for page in (image, line_image("o")))
     assert infer.recognize(frames)[0].text == same[0].text
+    damaged = Path(line).read_bytes()[:150]
+    pages = (Image.open(io.BytesIO(content)) for content in (damaged, Path(line).read_bytes()))
+    assert [reading and reading.text for reading in infer.recognize(pages)] == [None, same[0].text]
+    assert infer.recognize([line], lexicon=map(str, range(3)))[0].text in "012"
 
 
 def test_reading_changes_no_model_that_learns(infer, checkpoint, line):
@@ -381,9 +386,14 @@ def test_corrections_reach_the_labels(infer, scans, browser):
         wanted[path] = AWKWARD[int(re.search(r"'(\d)'", path)[1])]
         fields.nth(i).fill(wanted[path])
         page.keyboard.press("Enter")  # to the next
+        fields.nth(i).dispatch_event("keydown", dict(key="Enter", repeat=True))  # no further
         after = fields.nth(min(i + 1, len(read) - 1))
         assert after.evaluate("field => field == document.activeElement")
-    page.locator("section input[type=checkbox]").nth(1).check()  # not readable
+    unreadable = page.locator("section input[type=checkbox]").nth(1)
+    unreadable.check()
+    unreadable.uncheck()  # a slip of the hand accepts nothing
+    assert page.locator("section.checked").count() == len(AWKWARD) - 1
+    unreadable.check()
     del wanted[list(wanted)[1]]
     page.reload()  # nothing is lost
     assert page.locator("section.checked").count() == len(AWKWARD)

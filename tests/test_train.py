@@ -129,6 +129,18 @@ def test_a_training_may_have_any_number_of_steps(train):
     net = train.WithShortcut(train.CRNN(Charset("ab"), (8, 16, 24, 32), 32))
     for steps in range(1, 40):
         train.make_optimizers(net, steps)
+    train.set(WARM_UP=1)
+    train.make_optimizers(net, 40)
+
+
+def test_what_a_mean_with_the_start_cannot_know_stays_as_learned(train):
+    train.set(INIT_WEIGHTS="old.pth", KEEP_START=0.5)
+    start, average = (CRNN(Charset("abé"), (8, 16, 24, 32), 16) for _ in range(2))
+    start.known_classes = 3  # blank, a, b
+    mixed = train.mix_in(start, average).linear.weight
+    assert torch.equal(mixed[3], average.linear.weight[3])
+    mean = (start.linear.weight[:3] + average.linear.weight[:3]) / 2
+    assert torch.allclose(mixed[:3], mean)
 
 
 def test_every_weight_is_learned_by_one_optimizer(train):
