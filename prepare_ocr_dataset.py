@@ -268,7 +268,7 @@ def find_fonts():
 def survey_font(path, kind, charset):
     """A Font with the characters whose label an image in it can bear. OSError: no usable font."""
     face, smallest = typeface(path, 40), typeface(path, 20)
-    family = (face.getname()[0] or Path(path).stem).split()[0].lower()
+    family = ((face.getname()[0] or "").split() or [Path(path).stem])[0].lower()
     characters = distinct_characters(face, charset)
     n, *below = (face.getbbox(c, anchor="ls")[3] for c in "npgy")  # pixels below the baseline
     if max(below) - n < 3:  # capitals for small letters: none reaches below the line
@@ -1475,7 +1475,9 @@ def count_images():
     if "emnist_images" in counts:  # no character twice
         most = [len(emnist(s)[1]) * (1 if s == "train" else CYCLE) for s in SPLITS]
         counts["emnist_images"] = min(counts["emnist_images"], *most)
-    counts = {source: number for source, number in counts.items() if number}  # EMNIST has no signs
+        if not counts["emnist_images"]:
+            print("emnist_images is skipped: CHARSET has no letter and no digit")
+            del counts["emnist_images"]
     if not counts:
         raise InputError("nothing to draw: set a number in NUM_IMAGES, see also the lines above")
     return counts

@@ -327,6 +327,15 @@ def test_all_sources(prepare, few_fonts, downloaded, capsys):
     assert np.asarray(Image.open(folder / "preview.png")).min() == 0
 
 
+def test_of_emnist_only_what_the_charset_holds_is_drawn(prepare, downloaded, capsys):
+    prepare.set(CHARSET="0123456789")
+    assert {prepare.sample("emnist_images", i)[1] for i in range(60)} <= set("0123456789")
+    prepare.emnist.cache_clear()
+    prepare.set(CHARSET="+-*/.,", NUM_IMAGES=dict(emnist_images=9, emnist_words=9))
+    assert list(prepare.count_images()) == ["emnist_words"]
+    assert "emnist_images is skipped: CHARSET has no letter" in capsys.readouterr().out
+
+
 def test_no_character_of_emnist_is_drawn_twice(prepare, downloaded):
     prepare.set(NUM_IMAGES=dict(emnist_images=10_000))
     count = prepare.count_images()["emnist_images"]
