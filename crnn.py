@@ -795,14 +795,14 @@ def shrink(image):
 
 def narrow(image):
     """An image (HEIGHT, W) condensed: (HEIGHT, 0.8 * W)."""
-    return resize(image, 0.8 * image.shape[1])
+    return resize(image, 0.8 * image.shape[1])  # (HEIGHT, 0.8 * W)
 
 
 def resize(image, width):
     """An image (rows, W), uint8, to (HEIGHT, width)."""
     size = max(PIXELS_PER_FRAME, round(width)), HEIGHT
     resized = Image.fromarray(image.numpy()).resize(size, Image.Resampling.BICUBIC)
-    return torch.from_numpy(np.array(resized))
+    return torch.from_numpy(np.array(resized))  # (HEIGHT, width)
 
 
 def lean(image, slant):

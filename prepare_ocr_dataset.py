@@ -1407,8 +1407,9 @@ def rows_of(chunk):
     """The rows of a chunk that is done, a DataFrame, or None."""
     with contextlib.suppress(InputError, KeyError):  # not there, or damaged
         rows = crnn.read_labels(chunk.csv).head(chunk.number)
-        there = all(map(Path.exists, crnn.image_paths(rows, chunk.csv.parent)))
-        if there and len(rows) == chunk.number and (rows["mark"] == chunk.mark).all():
+        present = len(rows) == chunk.number and (rows["mark"] == chunk.mark).all()
+        data_csv = chunk.csv.parents[1] / "data.csv"  # whose paths these are
+        if present and all(map(Path.exists, crnn.image_paths(rows, data_csv))):
             return rows[COLUMNS]
     return None
 

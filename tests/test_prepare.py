@@ -207,10 +207,9 @@ def test_fonts_are_only_used_for_what_they_draw(prepare):
 def test_a_font_without_a_name_goes_by_that_of_its_file(prepare, tmp_path):
     font = TTFont(FONT)
     del font["name"]
-    font.save(tmp_path / "Nameless.ttf")
-    assert (
-        prepare.survey_font(str(tmp_path / "Nameless.ttf"), "", "0123456789").family == "nameless"
-    )
+    path = str(tmp_path / "Nameless.ttf")
+    font.save(path)
+    assert prepare.survey_font(path, prepare.PRINTED, "0123456789").family == "nameless"
 
 
 def test_look_alikes_stand_alone_only_where_they_can_be_told_apart(prepare, downloaded):
