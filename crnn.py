@@ -61,6 +61,7 @@ MAX_ASPECT = 256  # width over height beyond which an image is no line (400 char
 
 CHECKPOINT_FORMAT = 3  # raised when an older reader could misunderstand a newer file
 UNCALIBRATED = (1.0, 0.0)  # slope and offset that leave a confidence as it is
+SPACES = "[\u00a0\u1680\u2000-\u200a\u202f\u205f\u3000]"  # of any width: all are read as one
 # --------------------------------------------------------------------------------------------------
 
 
@@ -70,20 +71,23 @@ class InputError(ValueError):
 
 def run(main, *arguments):
     """Run a script's main and exit with its status: the one place where an error becomes a line."""
-    if sys.stdout:  # for labels on a Windows console, and for names of files that are no UTF-8
+    if hasattr(sys.stdout, "reconfigure"):  # for a Windows console, and names that are not UTF-8
         sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")
     if not arguments and len(sys.argv) > 1:
         print(f"{sys.argv[0]} takes no arguments: edit the constants at its top", file=sys.stderr)
         sys.exit(2)
+    status = 1
     try:
-        sys.exit(main(*arguments))
+        status = main(*arguments)
+        print(end="", flush=True)  # here, where it is seen that nobody listens
+        sys.exit(status)
     except InputError as error:
         sys.exit(str(error))
     except BrokenProcessPool:
         sys.exit("a worker process died, probably out of memory: lower NUM_WORKERS")
     except BrokenPipeError:  # whoever was to read it has left, as head does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
+        sys.exit(status)
     except OSError as error:  # unreadable inputs are InputErrors already
         sys.exit(f"cannot write: {error}. Free some space, or set another folder in the constants")
     except KeyboardInterrupt:
@@ -117,9 +121,10 @@ class Charset:
         self.characters = characters
         self.index = {c: i for i, c in enumerate(characters, start=1)}
         self.num_classes = len(characters) + 1  # with the blank
-        swapped = [self.index.get(c.swapcase() if c.swapcase() != c else "") for c in characters]
-        # For each class, the class of its other case (A's for a's), or num_classes if it has none
-        self.other_case = [i or self.num_classes for i in (None, *swapped)]
+        # For each class, the class of its other case (A's for a's), or num_classes if it has none:
+        # ς has none, since Σ is the capital of σ
+        others = [o if (o := c.swapcase()) != c == o.swapcase() else "" for c in characters]
+        self.other_case = [self.num_classes, *(self.index.get(o, self.num_classes) for o in others)]
 
     def encode(self, label):
         """The classes of a label, ints from 1. InputError names a character it does not hold."""
@@ -174,7 +179,7 @@ def load_image(source, turns=0):
     except FileNotFoundError:
         raise InputError(f"{name}: no such file or folder") from None
     except UnidentifiedImageError:
-        raise InputError(f"{name}: not an image that Pillow reads; save a PDF as PNGs") from None
+        raise InputError(f"{name}: not an image that Pillow reads; save it as PNG") from None
     except Exception as error:  # on a damaged file Pillow raises nearly anything, even SyntaxError
         raise InputError(f"{name}: cannot be read ({error})") from None
     return torch.from_numpy(pixels)  # (HEIGHT, W)
@@ -481,8 +486,8 @@ class Character(NamedTuple):
 
     character: str
     confidence: float  # its probability in the frame it is read from
-    left: float  # where it begins, halfway to its neighbour, from 0 to 1 of the image's width
-    right: float  # where it ends, likewise
+    left: float  # where it begins, halfway to its neighbour, from 0 to 1 of the image's width;
+    right: float  # where it ends, likewise; both are rough, and guesses in texts of one or two
     alternatives: list  # (character, probability) of others in the same place, likeliest first
 
 
@@ -537,8 +542,12 @@ def extents(peaks, width):
 
     >>> extents([1, 5], 8)
     ([0.0, 0.4375], [0.4375, 0.9375])
+    >>> extents([0, 3, 5], 8)  # as far before the second as that is before the third
+    ([0.0625, 0.3125, 0.5625], [0.3125, 0.5625, 0.8125])
     """
     centres = [min(1.0, (peak + 0.5) / width) for peak in peaks]
+    if len(centres) > 2 and peaks[0] == 0:  # written at once, however far it stands from the edge
+        centres[0] = max(centres[0], 2 * centres[1] - centres[2])
     between = [(a + b) / 2 for a, b in zip(centres, centres[1:])]
     if not between:
         return [0.0] * len(centres), [1.0] * len(centres)
@@ -605,6 +614,8 @@ def know(charset, allowed=None, lexicon=None):
     for text in [text for text in texts if other[text]][:5]:
         names = " ".join(map(describe, sorted(other[text])))
         print(f"LEXICON: {text!r} is left out, it has {names}", file=sys.stderr)
+    if (left_out := sum(map(bool, other.values()))) > 5:
+        print(f"LEXICON: {left_out:,} texts are left out in all", file=sys.stderr)
     texts = tuple(text for text in texts if not other[text])
     if not texts:
         raise InputError("LEXICON has no text that can be read: give it one per line")
@@ -621,7 +632,7 @@ def read_lexicon(lexicon):
     texts = [] if isinstance(lexicon, CONTENTS) else list(lexicon)  # an iterator is read once
     if isinstance(lexicon, CONTENTS) or not all(isinstance(text, (str, int)) for text in texts):
         raise InputError("LEXICON must be a file with a text per line, or a list of texts")
-    texts = [normalize("NFC", str(text)).strip() for text in texts]
+    texts = [normalize("NFC", re.sub(SPACES, " ", str(text))).strip() for text in texts]
     return list(dict.fromkeys(filter(None, texts)))
 
 
@@ -744,13 +755,14 @@ def choose_reading(model, image, looks, known):
         scores = mean_log_probability(looks, targets)  # (looks,)
         best = int(scores.argmax())
         reading = looks[best].reading._replace(confidence=min(1.0, float(scores[best].exp())))
-    if known.lexicon:  # its confidence is a share among texts
-        return find_in_lexicon(looks, model.charset, reading, known)
+    in_parts = reading.text and set(reading.text) <= set("=:;÷")  # one above the other
+    several = not in_parts and count_lines(image) > 1
+    if known.lexicon and (reading.text or (image < INK_TONE).any()):  # on blank paper, no text
+        found = find_in_lexicon(looks, model.charset, reading, known)
+        return found._replace(confidence=0.0) if several else found  # else a share among texts
     from_edge_to_edge = (image[:, [0, -1]] < INK_TONE).any(0).all()
     if set(reading.text) <= {"_", " "} and from_edge_to_edge:  # a ruled line
         reading = reading._replace(text="", characters=[])
-    in_parts = reading.text and set(reading.text) <= set("=:;÷")  # one above the other
-    several = not in_parts and count_lines(image) > 1
     if several or not reading.text and looks_written(image):
         return reading._replace(confidence=0.0)
     return reading._replace(confidence=calibrated(reading.confidence, model.calibration))
@@ -901,7 +913,7 @@ def load_checkpoint(path, device="cpu", learn=False):
         model.calibration, model.facts = tuple(content["calibration"]), content["facts"]
     except Exception as error:  # torch.load alone raises pickle, zip, key and runtime errors
         reason = re.split(r"\n|\. ", f"{type(error).__name__} {error}")[0]  # not torch's advice
-        raise InputError(f"{path} is not our checkpoint ({reason}): {remedy}") from None
+        raise InputError(f"{path} is no checkpoint of this project ({reason}): {remedy}") from None
     for name, value in preprocessing().items():
         if learned_with.get(name) != value:
             was = f"{path} learned with {name} = {learned_with.get(name)}, crnn.py has {value}"
@@ -942,9 +954,8 @@ def read_labels(csv_path):
 
 def clean(labels, csv_path):
     """Labels (a Series) in one spelling, without spaces at the ends: no image shows either."""
-    # Spaces of any width, and what is not seen at the ends
-    labels = labels.str.replace("[\u00a0\u1680\u2000-\u200a\u202f\u205f\u3000]", " ", regex=True)
-    labels = labels.str.strip(" \t\u200b\ufeff")
+    labels = labels.str.replace(SPACES, " ", regex=True)
+    labels = labels.str.strip(" \t\u200b\ufeff")  # what is not seen at the ends
     broken = labels.str.contains("[\n\r\x85\u2028\u2029]")
     if broken.any():
         place = f"{csv_path}, row {broken.argmax() + 1}: a label of several lines"
@@ -995,12 +1006,14 @@ def score_table(rows, by="source"):
     without any error; ±, half of its 95 % interval; CER, edits over reference characters, summed
     over the group.
     """
+    import pandas as pd
+
     scored = rows[[by]].assign(images=1, exact=rows.label == rows.prediction)
     scored["edits"] = list(map(Levenshtein.distance, rows.label, rows.prediction))
     scored["characters"] = rows.label.str.len()
     sums = scored.groupby(by).sum()
     if len(sums) > 1:
-        sums.loc["all"] = sums.sum()
+        sums = pd.concat([sums, sums.sum().to_frame("all").T])
     # Sums first and one division at the end: a mean of means would weigh small groups too much.
     sums["exact"] /= sums.images
     # What a bootstrap over the images comes to, Wilson's way (1927), which holds near 0 and 1 too

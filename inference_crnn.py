@@ -14,7 +14,6 @@ import importlib.util
 import io
 import itertools
 import json
-import math
 import os
 import sys
 import warnings
@@ -51,6 +50,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # where to read
 # --------------------------------------------------------------------------------------------------
 
 CHUNK = 1024  # images in memory at a time: 16 MB at 500 pixels of width
+SURE = 0.9  # confidence below which a narrow, high image is also read as a turned line
 CHECKED_AT_ONCE = 5_000  # images on the page to correct, the least sure: about 10 MB
 # Of PREDICTIONS_CSV; unrestricted is what was read without the lexicon, where there is one
 COLUMNS = ["image_path", "label", "source", "prediction", "confidence", "unrestricted"]
@@ -109,7 +109,7 @@ def recognize(images, model=None, allowed=None, lexicon=None):
     if is_single(images):
         images = [images]
     elif not isinstance(images, (list, tuple)):
-        images = list(map(snapshot, images))
+        images = map(snapshot, images)
     if not isinstance(model, crnn.CRNN):
         model = load_checkpoint(model or model_path(), DEVICE)
     if model.training:
@@ -117,13 +117,13 @@ def recognize(images, model=None, allowed=None, lexicon=None):
     allowed = ALLOWED if allowed is None else allowed
     lexicon = LEXICON if lexicon is None else lexicon
     known = crnn.know(model.charset, allowed, lexicon)
-    return list(read_each(images, model, [known] * len(images)))
+    return list(read_each(images, model, itertools.repeat(known)))
 
 
 def snapshot(image):
     """A copy of an image, as an iterator may change and yield one object again and again."""
     if hasattr(image, "copy") and not isinstance(image, crnn.PATHS):  # some paths copy their files
-        with suppress(OSError, SyntaxError):  # damaged: crnn.load_image says so
+        with suppress(Exception):  # damaged, see crnn.load_image, which says so
             return image.copy()
     return image
 
@@ -134,32 +134,37 @@ def is_single(images):
     if not hasattr(images, "__iter__") or isinstance(images, kinds) or hasattr(images, "read"):
         return True  # also None, which cv2.imread makes of a file that is not there
     shape = getattr(images, "shape", ())
-    channels = shape[2:] + shape[:1] * isinstance(images, torch.Tensor)
     encoded = len(shape) == 1 and str(images.dtype).endswith("uint8")  # a file's bytes
-    return encoded or len(shape) == 2 or (len(shape) == 3 and min(channels) < 5)
+    colours = isinstance(images, torch.Tensor) and shape[:1] in [(1,), (3,)]  # (3, H, W)
+    return encoded or len(shape) == 2 or (len(shape) == 3 and (colours or shape[2] < 5))
 
 
 def read_each(images, model, known):
     """Yield what recognize returns. Holds CHUNK images at a time, however many there are."""
-    for start in range(0, len(images), CHUNK):
-        chunk, limits = images[start : start + CHUNK], known[start : start + CHUNK]
-        # Pillow works outside of Python's lock
-        with ThreadPoolExecutor(max(1, NUM_THREADS)) as threads:
-            loaded = list(threads.map(crnn.try_load, chunk))
-        there = [i for i, (image, _) in enumerate(loaded) if image is not None]
-        pixels, kinds = [loaded[i][0] for i in there], [limits[i] for i in there]
-        readings = dict(zip(there, crnn.read_images(model, pixels, max(1, BATCH_SIZE), kinds)))
-        for i, (image, reason) in enumerate(loaded):
-            if reason:
-                print(f"skipped: {reason}", file=sys.stderr, flush=True)
-            elif image.shape[1] < crnn.HEIGHT / 2 and readings[i].confidence < crnn.SECOND_LOOK:
-                # Try both quarter-turns; trust three characters or more: a lone I would be a dash
-                turned = [crnn.try_load(chunk[i], turns)[0] for turns in (1, 3)]
-                turned = [view for view in turned if view is not None]  # of a stream: read once
-                others = crnn.read_images(model, turned, 1, [limits[i]] * len(turned))
-                longer = [reading for reading in others if len(reading.text) > 2]
-                readings[i] = max([readings[i], *longer], key=lambda reading: reading.confidence)
-            yield readings.get(i)
+    both = zip(images, known)
+    while chunk := list(itertools.islice(both, CHUNK)):
+        yield from read_chunk(*zip(*chunk), model)
+
+
+def read_chunk(images, known, model):
+    """The Readings of images, None for one that cannot be read. known: see crnn.read_images."""
+    # Pillow works outside of Python's lock
+    with ThreadPoolExecutor(max(1, NUM_THREADS)) as threads:
+        loaded = list(threads.map(crnn.try_load, images))
+    there = [i for i, (image, _) in enumerate(loaded) if image is not None]
+    pixels, kinds = [loaded[i][0] for i in there], [known[i] for i in there]
+    readings = dict(zip(there, crnn.read_images(model, pixels, max(1, BATCH_SIZE), kinds)))
+    for i, (image, reason) in enumerate(loaded):
+        if reason:
+            print(f"skipped: {reason}", file=sys.stderr, flush=True)
+        elif image.shape[1] <= crnn.HEIGHT / 2 and readings[i].confidence < SURE:
+            # Try both quarter-turns; trust three characters or more: a lone I would be a dash
+            turned = [crnn.try_load(images[i], turns)[0] for turns in (1, 3)]
+            turned = [view for view in turned if view is not None]  # of a stream: read once
+            others = crnn.read_images(model, turned, 1, [known[i]] * len(turned))
+            longer = [reading for reading in others if len(reading.text) > 2]
+            readings[i] = max([readings[i], *longer], key=lambda reading: reading.confidence)
+    return [readings.get(i) for i in range(len(images))]
 
 
 # ---- Samples, and what is read in them
@@ -195,7 +200,7 @@ def list_samples(arguments):
             samples += map(Sample, sorted(images))
             if others := sorted(files - images):
                 such = ", ".join(file.name for file in others[:3])
-                print(f"{path}: {len(others):,} files are no images, such as {such}")
+                print(f"{path}: {len(others):,} files are not read, such as {such}")
         elif path.suffix.lower() == ".csv":
             samples += list_csv(path)
         else:
@@ -210,7 +215,8 @@ def pick_test_rows():
     rows = [sample for sample in list_csv(DATA_CSV) if sample.split == "test"]
     if not rows:
         raise InputError(f"{DATA_CSV} has no test rows: name images, python inference_crnn.py PATH")
-    return rows[:: math.ceil(len(rows) / max(1, NUM_SAMPLES))]
+    n = max(1, min(NUM_SAMPLES, len(rows)))
+    return [rows[i * len(rows) // n] for i in range(n)]
 
 
 def show(sample, reading):
@@ -297,7 +303,7 @@ def write_page(name, template, content):
     page = (TEMPLATES / template).read_text(encoding="utf-8").replace("CONTENT", content, 1)
     path = Path(REPORT_DIR) / name
     with whole_file(path) as temporary:
-        temporary.write_text(page, encoding="utf-8")
+        temporary.write_text(page, encoding="utf-8", errors="backslashreplace")  # odd file names
     return path
 
 
@@ -331,7 +337,8 @@ def write_check(rows):
     try:
         folder = Path(os.path.commonpath(folders))
     except ValueError:
-        raise InputError("images on two drives: read each alone or set REPORT_DIR = None") from None
+        remedy = "read each drive in a run of its own to correct them on a page"
+        raise InputError(f"the images are on two drives: {remedy}") from None
     file = next(file for file in numbered("labels.csv") if not (folder / file).exists())
     bar = dict(desc="check.html", unit="img", disable=None)
     images = thread_map(thumbnail, rows.image_path, max_workers=max(1, NUM_THREADS), **bar)
@@ -410,18 +417,24 @@ def main(arguments=()):
     rows = read_all(samples, model)
     path = write_predictions(rows, former)
     labelled, bare = rows[rows.label != ""], rows[rows.label == ""].drop_duplicates("image_path")
+    lines = []  # printed at the end, since nobody may be listening any more
     if len(labelled):
         labelled = labelled.assign(source=labelled.source.replace("", "unnamed"))
-        print(f"{crnn.format_score_table(crnn.score_table(labelled))}\n")
+        lines.append(f"{crnn.format_score_table(crnn.score_table(labelled))}\n")
         if REPORT_DIR:
-            print(f"report: {write_report(labelled).as_posix()}")
+            lines.append(f"report: {write_report(labelled).as_posix()}")
     if len(bare) and REPORT_DIR:
         some = "the readings" if len(bare) <= CHECKED_AT_ONCE else "the least sure readings"
-        print(f"to correct {some}, open {write_check(bare).as_posix()} in a browser")
+        try:
+            lines.append(f"to correct {some}, open {write_check(bare).as_posix()} in a browser")
+        except InputError as error:
+            lines.append(str(error))
     unsure, skipped = (rows.confidence < MIN_CONFIDENCE).sum(), len(samples) - len(rows)
     images = "1 image" if len(rows) == 1 else f"{len(rows):,} images"
-    print(f"{images} read, {unsure:,} below MIN_CONFIDENCE = {MIN_CONFIDENCE}, {skipped:,} skipped")
-    print(f"readings: {path}")
+    unsure = f"{unsure:,} below MIN_CONFIDENCE = {MIN_CONFIDENCE}"
+    lines += [f"{images} read, {unsure}, {skipped:,} skipped", f"readings: {path}"]
+    with suppress(BrokenPipeError):
+        print(*lines, sep="\n")
     return int(skipped > 0)
 
 

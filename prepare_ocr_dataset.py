@@ -8,7 +8,6 @@ any number of workers to the same bytes. Images of your own join them: put them 
 (image_path,label) into datasets/custom, or into a folder of it for each set of images.
 """
 
-import ast
 import contextlib
 import hashlib
 import math
@@ -128,8 +127,15 @@ def find_words():
     words = {split: ([], []) for split in SPLITS}
     for number, path in enumerate((dictionary, WORDS_FILE)):
         for word in filter(is_word, path.read_text(encoding="utf-8").split()):
-            words[split_of(word)][number].append(word)
+            if split := word_split(word):
+                words[split][number].append(word)
     return words
+
+
+def word_split(text):
+    """The split of a word and all its parts, None where they differ: power-driven shows power."""
+    splits = {split_of(part) for part in [text, *re.findall(r"[^\W\d_]{2,}", text)]}
+    return splits.pop() if len(splits) == 1 else None
 
 
 def pick_word(split):
@@ -144,7 +150,7 @@ def invent(split, endings=()):
     while True:
         a, b = (word.lower() for word in random.choices(find_words()[split][0], k=2))
         word = a[: len(a) // 2 + 1] + (choice(endings) if endings else b[len(b) // 2 :])
-        if len(word) < 14 and split_of(word) == split:
+        if len(word) < 14 and word_split(word) == split:
             return word
 
 
@@ -661,7 +667,7 @@ def people(split):
         if split_of(writer.split("/")[-1]) != split:  # a person's, whoever collected the writing
             continue
         # Held-out words stay so, in whoever's hand.
-        words = re.findall("[A-Za-z]+'?[A-Za-z]+", label) if split == "train" else []
+        words = re.findall("[A-Za-z]{2,}", label) if split == "train" else []
         if len(label) == 1:
             writers.setdefault(writer, {}).setdefault(label, []).append(number)
         elif all(split_of(word) == "train" for word in words):
@@ -1365,7 +1371,8 @@ def is_readable(image, label):
 def draw(line, tool):
     """A Line by a Font or a Hand, from pen to tones: an image, uint8 (H, W), or None."""
     label, source, style = line.label, line.source, line.style
-    text = vary_by_hand(label, line.texts) if source.pen is compose else label
+    # A lone X is an X, whoever wrote it
+    text = label if line.alone or source.pen is not compose else vary_by_hand(label, line.texts)
     # One by one, as into the boxes of a form, or as a whole: ink (h, w) each
     inks = [source.cell_pen(c, tool) for c in label] if style.cells else [source.pen(text, tool)]
     if any(ink is None for ink in inks):
@@ -1387,20 +1394,21 @@ Chunk = namedtuple("Chunk", "source start number mark csv")
 
 def find_mark():
     """A hash of all that shapes the images: docstrings count; comments, counts, folders do not."""
-    parts = [globals()[name] for name in SHAPING]
+    parts = [globals()[name] for name in SHAPING] + [crnn.preprocessing()]
     parts += [version("pillow"), version("trdg"), cv2.__version__, np.__version__]
     parts += [code_below_constants(__file__), code_below_constants(crnn.__file__)]
     files = [TEXTS_FILE, WORDS_FILE, LEFT_OUT_FILE, PLACES_FILE]
-    files += [Path(DATASETS_DIR) / "unipen" / "strokes.npz"]
     files += [Path(font.path) for font in find_fonts()[0]]
-    parts += [zlib.crc32(path.read_bytes()) for path in files if path.exists()]
+    parts += [(path.name, path.parent.name, zlib.crc32(path.read_bytes())) for path in files]
     return f"{zlib.crc32(repr(parts).encode()):08x}"
 
 
 def code_below_constants(path):
     """The code below a script's fenced-in constants, without comments but with docstrings."""
     fence = "# " + "-" * 98 + "\n"
-    return ast.dump(ast.parse(Path(path).read_text(encoding="utf-8").split(fence, 2)[-1]))
+    code = Path(path).read_text(encoding="utf-8").split(fence, 2)[-1]
+    code = re.sub(r"(?m)(^ *|  )# .*", "", code)  # not by ast, which differs between Pythons
+    return [line for line in code.splitlines() if line.strip()]
 
 
 def rows_of(chunk):
@@ -1432,8 +1440,11 @@ def draw_chunk(constants, chunk):
 
 def draw_all(counts):
     """Draw what is missing. Returns all chunks, and how many images were missing."""
-    chunks, mark, folder = [], find_mark(), Path(DATASETS_DIR)
+    chunks, common, folder = [], find_mark(), Path(DATASETS_DIR)
+    strokes = folder / "unipen" / "strokes.npz"  # which may be there only later
+    strokes = f" {zlib.crc32(strokes.read_bytes()):08x}" if strokes.exists() else ""
     for source, count in counts.items():
+        mark = common + strokes * (STROKES in kinds_of(source))
         for start in range(0, count, CHUNK):
             csv_path = folder / source / f"{start:05}.csv"
             chunks.append(Chunk(source, start, min(CHUNK, count - start), mark, csv_path))
@@ -1456,6 +1467,12 @@ def draw_all(counts):
 
 
 # ---- What can be drawn, and what is written
+def kinds_of(source):
+    """What a source is drawn with: its own kind and, for signs, pen strokes: EMNIST has none."""
+    row = SOURCES[source]
+    return dict.fromkeys([row.kind, STROKES] if row.pen is compose else [row.kind])
+
+
 def count_images():
     """How many images of each source there will be: of those whose fonts or data are there."""
     unknown = NUM_IMAGES.keys() - SOURCES.keys()
@@ -1467,8 +1484,7 @@ def count_images():
     kinds = {font.kind for font in find_fonts()[0] if font.held_out}
     others = {EMNIST: emnist_is_there, STROKES: unipen_is_there}  # perhaps after a download
     for source in list(counts):
-        kind, signs = SOURCES[source].kind, SOURCES[source].pen is compose  # EMNIST has none
-        for needed in dict.fromkeys([kind, STROKES] if signs else [kind]):
+        for needed in kinds_of(source):
             if not (others[needed]() if needed in others else needed in kinds):
                 needs = f"two families of {needed} in {FONTS_DIR}" if "fonts" in needed else needed
                 print(f"{source} is skipped: it needs {needs}")

@@ -430,9 +430,10 @@ def train_step(net, parts, images, targets, lengths):
     scaler.scale(losses[0] + recipe()["shortcut_weight"] * sum(losses[1:])).backward()
     for optimizer in optimizers:
         scaler.unscale_(optimizer)
-    nn.utils.clip_grad_norm_(net.parameters(), 5.0)  # the first steps can be far larger
-    for optimizer in optimizers:
-        scaler.step(optimizer)
+    norm = nn.utils.clip_grad_norm_(net.parameters(), 5.0)  # the first steps can be far larger
+    if norm.isfinite() or not scaler.is_enabled():  # in float16, both step or none
+        for optimizer in optimizers:
+            scaler.step(optimizer)
     scaler.update()
     return losses[0].detach()
 
@@ -497,7 +498,7 @@ def resume_path():
     return Path(MODEL_PATH).with_suffix(".resume.pth")
 
 
-def save_if_best(state, model, exact, cer, rows):
+def save_if_best(state, model, exact, cer, count):
     """Save an epoch that reads the val rows at least as well as the best so far, or the start."""
     if exact < state["best"]:
         return
@@ -507,11 +508,19 @@ def save_if_best(state, model, exact, cer, rows):
         former = path.with_name(f"{path.stem}.{date}.pth")
         os.replace(path, former)
         print(f"    the model of an earlier training is kept as {former.as_posix()}")
-    data = dict(data=str(DATA_CSV), rows=int((rows.split == "train").sum()), seed=SEED)
+    data = dict(data=str(DATA_CSV), rows=count, seed=SEED)
     start = dict(init=INIT_WEIGHTS and str(INIT_WEIGHTS), epoch=state["epoch"])
     model.facts = dict(val_exact=exact, val_cer=cer, **start, **data)
     crnn.save_checkpoint(path, model)
     state["best"], state["saved"] = exact, True
+
+
+def fingerprint(rows, steps):
+    """What must be the same for a resumed training to reach the same weights, as a short text."""
+    text = rows[["image_path", "label", "split"]].to_csv(index=False)
+    text += repr([recipe(), str(INIT_WEIGHTS), BATCH_SIZE, WARM_UP, WEIGHT_DECAY, AVERAGE])
+    text += repr([KEEP_START, DROPOUT, AUGMENT, BLANKS, world_size()])
+    return f"{zlib.crc32(text.encode()):08x} {steps} {SEED}"
 
 
 def load_state(expected, parts):
@@ -556,11 +565,10 @@ def write_history(history, curves):
         figure.savefig(temporary, format="png", dpi=80)
 
 
-def end_epoch(state, net, parts, losses, started, val, rows, epochs):
+def end_epoch(state, net, parts, losses, started, val, count, epochs):
     """Read the val rows, print how the epoch went, and save what is worth keeping."""
     model = mix_in(parts["start"], parts["average"].module)
-    epoch, count = state["epoch"] + 1, int((rows.split == "train").sum())
-    speed = count / (time.perf_counter() - started)
+    epoch, speed = state["epoch"] + 1, count / (time.perf_counter() - started)
     seen = read(model, val)
     table = crnn.score_table(seen)
     exact, cer = table.iloc[-1][["exact", "CER"]].tolist()
@@ -579,7 +587,7 @@ def end_epoch(state, net, parts, losses, started, val, rows, epochs):
     for measure in ("exact", "CER"):
         facts |= {f"{measure} {source}": float(v) for source, v in table[measure].items()}
     state["history"].append(facts)
-    save_if_best(state, model, exact, cer, rows)
+    save_if_best(state, model, exact, cer, count)
     saved = {name: part.state_dict() for name, part in dict(parts, net=net).items()}
     crnn.save_tensors(resume_path(), state | saved)
     try:
@@ -596,6 +604,8 @@ def start_processes():
     if world_size() > 1:
         if device.type == "cuda":
             device, backend = torch.device("cuda", int(os.environ["LOCAL_RANK"])), "nccl"
+            if device.index >= torch.cuda.device_count():
+                raise InputError(f"{torch.cuda.device_count()} GPUs: lower --nproc_per_node")
             torch.cuda.set_device(device)
         # Import it before there is a group: its default arguments would hold the group for good
         from torch.distributed.nn import functional  # noqa: F401, see the end of main
@@ -611,7 +621,7 @@ def start_processes():
 def finish(state, device, val, test):
     """Calibrate the saved epoch on the val rows, save it, and score it on the test rows."""
     if not state["saved"]:
-        print("no epoch beat the starting weights, so nothing was saved: more labels may help")
+        print("all epochs read worse than the start, so nothing was saved: more labels may help")
         return
     best = crnn.load_checkpoint(MODEL_PATH, device, learn=True)
     best.calibration = crnn.UNCALIBRATED  # also where an earlier run has come as far as this
@@ -637,6 +647,7 @@ def main():
     known = crnn.load_checkpoint(INIT_WEIGHTS).charset.characters if INIT_WEIGHTS else ""
     rows, charset = read_rows(known)
     buckets, val, test = load_rows(rows, charset)
+    count = sum(map(len, buckets))  # training images
     number = sum(math.ceil(len(bucket) / BATCH_SIZE) for bucket in buckets)
     epochs = max(1, EPOCHS, math.ceil(MIN_STEPS / number))
 
@@ -649,11 +660,11 @@ def main():
     print(f"{weights}, {epochs} epochs of {number:,} batches on {device} in {dtype}")
 
     state = dict(epoch=0, best=-1.0, saved=False, seconds=0.0, history=[])
-    # What must be the same for a resumed training to reach the same weights
-    text = rows[["image_path", "label", "split"]].to_csv(index=False)
-    state["fingerprint"] = f"{zlib.crc32(text.encode()):08x} {epochs * number} {SEED}"
+    state["known_classes"] = getattr(parts["start"], "known_classes", 0)
+    state["fingerprint"] = fingerprint(rows, epochs * number)
     if RESUME:
         state = load_state(state["fingerprint"], dict(net=net, **parts))
+        parts["start"].known_classes = state["known_classes"]  # INIT_WEIGHTS may be MODEL_PATH
     elif INIT_WEIGHTS and rank() == 0:  # only the first process compares
         state["best"] = float(crnn.score_table(read(net.crnn, val)).exact.iloc[-1])
         print(f"the starting weights — Accuracy: {state['best']:.2%}", flush=True)
@@ -663,7 +674,7 @@ def main():
             started = time.perf_counter()
             losses = train_epoch(trained, parts, buckets, epoch, epochs)
             if rank() == 0:  # the others wait in their next step
-                end_epoch(state, net, parts, losses, started, val, rows, epochs)
+                end_epoch(state, net, parts, losses, started, val, count, epochs)
     except KeyboardInterrupt:
         done = f"after epoch {state['epoch']}: RESUME = True continues"
         print(f"\nstopped {done if state['epoch'] else 'in epoch 1: nothing was saved'}")

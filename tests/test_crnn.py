@@ -497,14 +497,32 @@ def test_a_text_of_the_lexicon_may_be_written_in_capitals(shipped):
     assert read_images(shipped, images[:1], 8, [without])[0].confidence < 0.5
 
 
-@pytest.mark.parametrize("path, text", [("AA-r-o-n-", "Aron"), ("A-a-r-o-n", "Aaron")])
-def test_a_letter_that_is_held_is_not_taken_for_two(path, text):
-    charset = Charset("Aaron")
+def test_blank_paper_shows_no_text_of_a_lexicon_and_several_lines_are_marked(shipped):
+    known = crnn.know(shipped.charset, lexicon=["Paris", "Rome"])
+    several = load_image(paper((80, 64), "Paris", (6, 4), (6, 36)))
+    empty, doubtful = read_images(
+        shipped, [load_image(paper((80, 32), "")), several], 2, [known] * 2
+    )
+    assert (empty.text, empty.unrestricted) == ("", None)
+    assert (doubtful.text, doubtful.confidence) == ("Paris", 0)
+
+
+HELD = [
+    ("AA-r-o-n-", "Aron", "Aaron"),
+    ("A-a-r-o-n", "Aaron", "Aron"),
+    ("λ-ό-γ-ο-ς", "λόγος", "λόγο"),
+]
+
+
+@pytest.mark.parametrize("path, text, other", HELD)
+def test_a_letter_that_is_held_is_not_taken_for_two(path, text, other):
+    """Nor is ς, which has no capital of its own, left out."""
+    charset = Charset("AaronλόγοςσΣ")
     logits = torch.full((len(path), 1, charset.num_classes), 0.006).log()  # (T, 1, C)
     for frame, c in enumerate(path):
         logits[frame, 0, charset.index.get(c, crnn.BLANK)] = np.log(0.97)
     looks = [crnn.Look(crnn.greedy_decode(logits, charset)[0], logits[:, 0].log_softmax(1), 9)]
-    known = crnn.know(charset, lexicon=["Aaron", "Aron"])
+    known = crnn.know(charset, lexicon=[text, other])
     reading = crnn.find_in_lexicon(looks, charset, looks[0].reading, known)
     assert reading.text == text and reading.confidence > 0.9
 
@@ -701,6 +719,8 @@ def test_scores_add_up_before_they_divide():
     assert table.loc["all", "images"] == 4
     assert 0.25 < table.loc["all", "±"] < 0.5  # of one in four, 95 % between 5 and 70 %
     assert table.loc["all", "CER"] == pytest.approx(4 / 11)
+    rows = pd.DataFrame(rows, columns=["label", "prediction", "source"]).replace("one", "all")
+    assert crnn.score_table(rows).images.tolist() == [3, 1, 4]  # a source may bear that name
 
 
 def test_the_examples_of_the_docstrings_are_true():

@@ -120,7 +120,7 @@ def test_the_test_rows_are_spread_evenly(infer, checkpoint, tmp_path):
     write_csv(tmp_path / "datasets", [f"w{i}" for i in range(60)], split=["train", "test"] * 30)
     infer.set(NUM_SAMPLES=7)
     assert infer.main() == 0
-    assert list(predictions(infer).label) == ["w1", "w11", "w21", "w31", "w41", "w51"]
+    assert list(predictions(infer).label) == ["w1", "w9", "w17", "w25", "w35", "w43", "w51"]
 
 
 def test_it_says_which_weights_read_and_how_well(infer, checkpoint, line, capsys):
@@ -168,7 +168,7 @@ def test_of_a_folder_what_is_no_image_is_named_and_the_rest_is_read(infer, line,
     shutil.copytree(folder, folder / ".hidden")
     assert infer.main([str(folder), missing]) == 1
     output, errors = capsys.readouterr()
-    assert re.search("3 files are no images, such as .*\\.pdf", output)
+    assert re.search("3 files are not read, such as .*\\.pdf", output)
     assert "2 images read" in output and "3 skipped" in output
     assert len(predictions(infer)) == 2
     skipped = re.findall(r"^skipped: .*?([a-z]+\.\w+): ", errors, re.M)

@@ -1,5 +1,6 @@
 """Training: what it says of the data, that it learns, resumes, starts from other weights, stops."""
 
+import math
 import re
 import shutil
 import subprocess
@@ -302,6 +303,27 @@ def test_nothing_to_resume(former, trained, fault, complaint):
     former.set(RESUME=True, EPOCHS=3)
     with pytest.raises(InputError, match=f"{path.name} .*{complaint}.* set RESUME = False"):
         former.main()
+
+
+def test_a_training_is_resumed_with_the_constants_it_began_with(tiny):
+    tiny.set(EPOCHS=2)
+    tiny.main()
+    tiny.set(RESUME=True, AUGMENT=0.5)
+    with pytest.raises(InputError, match="other data or constants"):
+        tiny.main()
+
+
+def test_gradients_too_large_for_float16_change_no_weight(train, trained):
+    """Though only one of them is, and each optimizer knows only its own."""
+    train.set(PRECISION="float16", INIT_WEIGHTS=str(trained / "crnn.pth"))
+    charset = load_checkpoint(train.INIT_WEIGHTS).charset
+    net = train.WithShortcut(train.make_model(charset))
+    parts = train.make_optimizers(net, 10)
+    net.crnn.cnn[0][0].weight.register_hook(lambda grad: grad * math.nan)
+    before = {name: tensor.clone() for name, tensor in net.named_parameters()}
+    images = torch.zeros(2, 1, 32, 64, dtype=torch.uint8)
+    train.train_step(net, parts, images, torch.ones(2, 1, dtype=torch.long), torch.ones(2).long())
+    assert differing(before, dict(net.named_parameters())) == []
 
 
 @pytest.mark.parametrize("init", [None, "crnn.pth"])
