@@ -169,7 +169,10 @@ def load_image(source, turns=0):
         raise InputError(f"{shown}: a name that is not UTF-8, rename the file")
     try:
         with open_image(source) as image:
-            check_size(image)
+            # Before its pixels take memory. Either side: by its EXIF tag it may still be turned.
+            if max(image.size) > MAX_ASPECT * min(image.size):
+                size = "{} x {} pixels".format(*image.size)
+                raise ValueError(f"{size}: too wide for a line of text, cut it into pieces")
             grey = to_grey(ImageOps.exif_transpose(image)).rotate(90 * turns, expand=True)
             if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":  # a camera's: one photo
                 print(f"{name} has {image.n_frames} pages: the first is read", file=sys.stderr)
@@ -218,14 +221,6 @@ def open_image(source):
         return Image.fromarray(array.astype(np.float32))
     array = array * (255 / max(most, 255))
     return Image.fromarray(np.clip(array, 0, 255).astype(np.uint8))
-
-
-def check_size(image):
-    """Refuse what is no line, before its pixels are decoded and take memory."""
-    # The longer side either way: an image turned by its EXIF tag is tall until it is turned.
-    if max(image.size) > MAX_ASPECT * min(image.size):
-        size = "{} x {} pixels".format(*image.size)
-        raise ValueError(f"{size}: too wide for a line of text, cut it into pieces")
 
 
 def check_lines(grey):
@@ -589,7 +584,6 @@ class Known(NamedTuple):
     # (C,): for each class, the class that gets its probability, C: none; None: each keeps its own
     taken_for: torch.Tensor | None = None
     lexicon: tuple = ()  # the texts it can show; none: any
-    lowered: tuple = ()  # the same in small letters
 
 
 def know(charset, allowed=None, lexicon=None):
@@ -619,7 +613,7 @@ def know(charset, allowed=None, lexicon=None):
     texts = tuple(text for text in texts if not other[text])
     if not texts:
         raise InputError("LEXICON has no text that can be read: give it one per line")
-    return Known(taken_for, texts, tuple(map(str.lower, texts)))
+    return Known(taken_for, texts)
 
 
 def read_lexicon(lexicon):
@@ -642,10 +636,9 @@ def find_in_lexicon(looks, charset, reading, known):
     Case is ignored, since people write PARIS where a list has Paris, except to tell apart texts
     that differ in nothing else. reading: what is read in the Looks without the lexicon.
     """
-    nearest = dict(scorer=Levenshtein.distance, limit=SHORTLIST)
-    nearest = process.extract(reading.text.lower(), known.lowered, **nearest)
-    lowered, _, places = zip(*nearest)
-    texts = [known.lexicon[i] for i in places]
+    how = dict(scorer=Levenshtein.distance, processor=str.lower, limit=SHORTLIST)
+    texts, distances, _ = zip(*process.extract(reading.text, known.lexicon, **how))
+    lowered = list(map(str.lower, texts))
     targets = [charset.encode(text) for text in (*texts, reading.text)]
     any_case = [look._replace(log_probs=add_cases(look.log_probs, charset)) for look in looks]
     # One class for both cases: in Aaron a blank is needed between the first two, or Aron is as good
@@ -661,7 +654,7 @@ def find_in_lexicon(looks, charset, reading, known):
     if scores[best] == -math.inf:  # all are too long
         return reading._replace(text="", confidence=0.0, characters=[], unrestricted=reading.text)
     # What was read is one more text, unless the lexicon has it: an image may show something else.
-    length, listed = min(len(texts[best]), len(reading.text)), nearest[0][1] == 0
+    length, listed = min(len(texts[best]), len(reading.text)), distances[0] == 0
     other = mean_log_probability(looks, targets[-1:])  # (1,)
     other -= math.inf if listed else DOUBT * max(1, length)
     scores = torch.cat([scores, other])  # (texts + 1,)
@@ -795,23 +788,17 @@ def invert(image):
 
 
 def shrink(image):
-    """An image (HEIGHT, W) without high margins, with 6 more columns of paper: (HEIGHT, new W)."""
-    height, width = image.shape
+    """An image (HEIGHT, W) without high margins, with 6 more rows of paper: (HEIGHT, new W)."""
     top, bottom = inked_rows(image.numpy() < 155)  # lighter than INK_TONE: keeps faint ink
-    if 0 < bottom - top <= 0.75 * height:
+    if 0 < bottom - top <= 0.75 * HEIGHT:
         margin = max(1, round(0.18 * (bottom - top)))  # about that of a line that fills its image
         image = image[max(0, top - margin) : bottom + margin]  # (fewer rows, W)
-    image = F.pad(image, (0, 0, 5, 1), value=255)  # (rows, W)
-    return resize(image, width * height / len(image))  # (HEIGHT, new width)
+    return resize(F.pad(image, (0, 0, 5, 1), value=255))  # (HEIGHT, new W)
 
 
-def narrow(image):
-    """An image (HEIGHT, W) condensed: (HEIGHT, 0.8 * W)."""
-    return resize(image, 0.8 * image.shape[1])  # (HEIGHT, 0.8 * W)
-
-
-def resize(image, width):
-    """An image (rows, W), uint8, to (HEIGHT, width)."""
+def resize(image, stretch=1.0):
+    """An image (rows, W), uint8, at HEIGHT rows, and so many times as wide as that makes it."""
+    width = image.shape[1] * stretch * HEIGHT / len(image)
     size = max(PIXELS_PER_FRAME, round(width)), HEIGHT
     resized = Image.fromarray(image.numpy()).resize(size, Image.Resampling.BICUBIC)
     return torch.from_numpy(np.array(resized))  # (HEIGHT, width)
@@ -828,7 +815,8 @@ def lean(image, slant):
 
 
 # The other ways; what each gains is in tests/results.csv
-SECOND_LOOKS = invert, shrink, narrow, partial(lean, slant=-0.2), partial(lean, slant=0.2)
+SECOND_LOOKS = [invert, shrink, partial(resize, stretch=0.8)]
+SECOND_LOOKS += [partial(lean, slant=-0.2), partial(lean, slant=0.2)]
 
 
 # ---- Processes: one alone, or several of torchrun. The first, of rank 0, prints and writes.

@@ -555,15 +555,6 @@ def read_blocks(path, include):
     return blocks
 
 
-def scale_of(facts):
-    """The factors for a tablet's x and y, float32 (2,), to even them out and point y down."""
-    [across, *_] = facts.get("X_POINTS_PER_INCH", ["1"])
-    [down, *_] = facts.get("Y_POINTS_PER_INCH", [across])
-    with contextlib.suppress(ValueError, ZeroDivisionError):
-        return np.float32([1, -float(across) / float(down)])
-    return np.float32([1, -1])  # no numbers: as most tablets are
-
-
 def read_samples(path, root, skipped):
     """Yield the Written samples of a data file, and count in skipped what cannot be one."""
     file, facts, ink, segments = path.relative_to(root / "data").as_posix(), {}, [], []
@@ -578,7 +569,10 @@ def read_samples(path, root, skipped):
     skipped["ink files missing"] += "MISSING" in facts
     contributor, [name, *_] = file.split("/")[1], facts.get("WRITER_ID", ["unknown"])
     writer = f"{contributor}/{re.sub('_[0-9]$', '', name)}"  # somebody's sessions: Name_1, Name_2
-    scale = scale_of(facts)
+    ratio = 1.0  # of a tablet's points per inch: most have one for both axes, or name none
+    with contextlib.suppress(LookupError, ValueError, ZeroDivisionError):
+        across, down = (float(facts[f"{axis}_POINTS_PER_INCH"][0]) for axis in "XY")
+        ratio = across / down
     for place, quality, label in segments:
         # \@ marks what is crossed out, @_ what is no text, a leading @ a remark.
         bad = quality == "BAD" or r"\@" in label or "@_" in label or label.startswith("@ ")
@@ -588,7 +582,7 @@ def read_samples(path, root, skipped):
             continue
         try:
             strokes = cut_out(place, ink, len(facts.get("COORD", "XY")))
-            yield Written([stroke * scale for stroke in strokes], label, writer)
+            yield Written([stroke * np.float32([1, -ratio]) for stroke in strokes], label, writer)
         except (IndexError, ValueError):  # no such place, or something among the numbers
             skipped["in no such place"] += 1
 
@@ -1076,16 +1070,6 @@ def arched(ink):
 # ---- Effects of other ink
 
 
-def ruled(ink):
-    """Ruled or squared paper."""
-    h, w = ink.shape
-    pitch, slope = uniform(0.3, 0.9) * h, uniform(-0.03, 0.03) * h
-    lines = [((0, y), (w, y + slope)) for y in np.arange(uniform(0, pitch), h, pitch)]
-    if chance(0.35):
-        lines += [((x, 0), (x - slope, h)) for x in np.arange(uniform(0, pitch), w, pitch)]
-    return add_lines(ink, lines, (0.15, 0.6))
-
-
 def form_lines(ink, numbers=(1, 1, 2, 3, 4)):
     """Underlined, some dotted, between rules or, with all four lines, in a box."""
     h, w = ink.shape
@@ -1115,13 +1099,14 @@ def neighbours(ink, most=0.14, each=0.4, aside=False):
     return np.ascontiguousarray(ink.T) if aside else ink
 
 
-def secured(ink):
-    """On a cheque: fine waves, crossed in some, of a pale tone."""
-    (y, x), pitch = np.indices(ink.shape) / len(ink), uniform(0.06, 0.25)  # (H, W) each, heights
-    reach, length = uniform(0, 0.3), uniform(0.3, 3)
+def lined(ink, pitches, bend, tones):
+    """Ruled or, crossed, squared paper; its lines bent by much: the ground of a cheque."""
+    (y, x), pitch = np.indices(ink.shape) / len(ink) + uniform(0, 1), uniform(*pitches)  # heights
+    reach, length = uniform(0, bend), uniform(0.3, 3)
     waves = [y + reach * np.sin(x / length), x + reach * np.sin(y / length)][: choice([1, 1, 2])]
-    far = np.min([np.abs(np.sin(np.pi * wave / pitch)) for wave in waves], axis=0)  # from a line
-    return np.maximum(ink, np.float32(uniform(0.1, 0.4) * (uniform(1, 4) - 5 * far).clip(0, 1)))
+    far = np.min([np.abs(np.sin(np.pi * wave / pitch)) for wave in waves], axis=0)  # (H, W)
+    far *= pitch * len(ink) / np.pi  # from a line, in pixels
+    return np.maximum(ink, np.float32(uniform(*tones) * (uniform(0.6, 2) - far).clip(0, 1)))
 
 
 def specks(ink):
@@ -1254,6 +1239,8 @@ HEATED = [*WORN, (0.4, pressed), (1, partial(faded, dead=0.15), 2, 0.4), (1, coa
 COPY = [(1, neighbours), (0.1, form_lines, [1, 2]), (1, partial(coarse, two_tones=0.6), 20, 48)]
 COPY += [(0.15, specks), (0.5, blur), (1, framed)]
 SCAN = [*WORN, PRESS, (0.3, pressed), (1, faded, 2, 0.4), (1, room, 0, 0.15), *COPY]
+RULED = (1, lined, (0.3, 0.9), 0.03, (0.15, 0.6))
+WAVES = (0.8, lined, (0.06, 0.25), 0.3, (0.1, 0.4))
 BESIDE = partial(neighbours, aside=True)
 BOARD = [PRESS, (1, room, 0.12), (1, BESIDE, 0.06, 0.15), (1, lettered)]
 SEGMENTS = [(0.5, bold, -0.06, 0), (0.6, leaning), (1, room, 0, 0.3)]  # with wider gaps
@@ -1287,9 +1274,9 @@ STYLES = {
         "pen": Style(3, [(1, pressed)], LIGHT),
         "pencil": Style(2, [(1, partial(faded, grain=0.7))], FAINT),
         "marker": Style(1.5, [(1, bold), (1, blur), (1, faded)]),
-        "ruled": Style(3, [(1, room), (1, ruled)], LIGHT),
+        "ruled": Style(3, [(1, room), RULED], LIGHT),
         "copied": Style(3, [PRESS, *COPY], CLEAN),
-        "cheque": Style(3.5, [PRESS, (1, room), (0.8, secured), (0.5, blur)], CLEAN, "cheque"),
+        "cheque": Style(3.5, [PRESS, (1, room), WAVES, (0.5, blur)], CLEAN, "cheque"),
     }
     | EVERYWHERE,
 }
@@ -1396,19 +1383,13 @@ def find_mark():
     """A hash of all that shapes the images: docstrings count; comments, counts, folders do not."""
     parts = [globals()[name] for name in SHAPING] + [crnn.preprocessing()]
     parts += [version("pillow"), version("trdg"), cv2.__version__, np.__version__]
-    parts += [code_below_constants(__file__), code_below_constants(crnn.__file__)]
+    for script in (__file__, crnn.__file__):
+        code = Path(script).read_text(encoding="utf-8").split("# " + "-" * 98 + "\n", 2)[-1]
+        parts.append(re.sub(r"\s*# .*|\s+", "", code))  # by text: ast differs between Pythons
     files = [TEXTS_FILE, WORDS_FILE, LEFT_OUT_FILE, PLACES_FILE]
     files += [Path(font.path) for font in find_fonts()[0]]
     parts += [(path.name, path.parent.name, zlib.crc32(path.read_bytes())) for path in files]
     return f"{zlib.crc32(repr(parts).encode()):08x}"
-
-
-def code_below_constants(path):
-    """The code below a script's fenced-in constants, without comments but with docstrings."""
-    fence = "# " + "-" * 98 + "\n"
-    code = Path(path).read_text(encoding="utf-8").split(fence, 2)[-1]
-    code = re.sub(r"(?m)(^ *|  )# .*", "", code)  # not by ast, which differs between Pythons
-    return [line for line in code.splitlines() if line.strip()]
 
 
 def rows_of(chunk):
@@ -1529,8 +1510,7 @@ def contact_sheet(path, cells, columns, width=230):
     """Save a sheet of cells to look at: (path, PIL image or None; captions, two (text, colour))."""
     margin, tall, line = 6, 40, 17  # pixels: around a cell, height of an image, of a caption
     height = tall + 2 * line + margin
-    ours = OURS / "DejaVuSans.ttf"  # it has every sign of the charset
-    font = ImageFont.truetype(str(ours), 13) if ours.exists() else ImageFont.load_default(13)
+    font = ImageFont.truetype(str(OURS / "DejaVuSans.ttf"), 13)  # it has every sign of the charset
     rows = max(1, math.ceil(len(cells) / columns))
     sheet = Image.new("RGB", (columns * width, rows * height), "white")
     draw = ImageDraw.Draw(sheet)

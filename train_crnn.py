@@ -187,14 +187,9 @@ def shuffle_batches(buckets, generator):
 
 # ---- Augmentation: random changes to a whole batch of ink (N, 1, H, W) at once. Never inverted:
 # all that load_image makes is dark ink on light paper.
-def spread(n, strength, like):
-    """A random number from -strength to strength for each of n lines, (n, 1, 1, 1)."""
-    return (torch.rand(n, 1, 1, 1, device=like.device) * 2 - 1) * strength
-
-
-def choose(n, share, like):
-    """1 with a chance of share, else 0, for each of n lines, (n, 1, 1, 1)."""
-    return (torch.rand(n, 1, 1, 1, device=like.device) < share).float()
+def rand(like, low=0.0, high=1.0):
+    """A random number from low to high for each of (N, 1, H, W), as (N, 1, 1, 1)."""
+    return low + (high - low) * torch.rand(len(like), 1, 1, 1, device=like.device)
 
 
 def move(ink, strength):
@@ -217,18 +212,17 @@ def move(ink, strength):
 
 def augment(ink, strength):
     """Ink (N, 1, H, W) moved, thicker or thinner, ruled, blurred or sharp, faint and noisy."""
-    n, _, height, width = ink.shape
     ink = move(ink, strength)
-    weight = (spread(n, strength, ink) - 0.1) * choose(n, 0.5, ink)
+    weight = (rand(ink, -strength, strength) - 0.1) * (rand(ink) < 0.5)
     thicker, thinner = combine3x3(ink, torch.maximum), combine3x3(ink, torch.minimum)
     ink = ink + weight.clamp(min=0) * 0.6 * (thicker - ink)
     ink = ink + (-weight).clamp(min=0) * 0.35 * (thinner - ink)  # less: thin strokes must not go
-    if width > 2 * height:  # in narrow images a ruled line could be taken for a dash
-        ink = torch.maximum(ink, rule(ink) * choose(n, 1 / 12, ink) * min(1, strength))
-    blur = spread(n, strength, ink) * choose(n, 0.7, ink)  # below 0: sharper, as in large scans
+    if ink.shape[3] > 2 * ink.shape[2]:  # in narrow ones a ruled line could be taken for a dash
+        ink = torch.maximum(ink, rule(ink) * (rand(ink) < 1 / 12) * min(1, strength))
+    blur = rand(ink, -strength, strength) * (rand(ink) < 0.7)  # below 0: sharper, as large scans
     ink = ink + blur * (combine3x3(ink, torch.add) / 9 - ink)
-    noise = spread(n, strength, ink).clamp(min=0) * 0.08 * torch.randn_like(ink)
-    return ink * (1 + 0.15 * spread(n, strength, ink)) + noise
+    noise = rand(ink, -strength, strength).relu() * 0.08 * torch.randn_like(ink)
+    return ink * rand(ink, 1 - 0.15 * strength, 1 + 0.15 * strength) + noise
 
 
 def rule(like, lowest=1.0, pitch=1e4):
@@ -255,12 +249,12 @@ def draw_empty_paper(like):
     faint = torch.rand(2, n, 1, 1, 1, device=like.device) ** 2  # squared, as most paper is even
     ink = faint[0] * shade + faint[1] * grain
     ink = ink - ink.amin((2, 3), keepdim=True)
-    for pitch in (1e4, 20 + spread(n, 10, ink)):  # a line, or ruled paper
-        ink = torch.maximum(ink, rule(ink, pitch=pitch) * choose(n, 0.25, ink))
-    boxed, whole = choose(n, 0.4, ink), choose(n, 0.5, ink)
+    for pitch in (1e4, rand(ink, 10, 30)):  # a line, or ruled paper
+        ink = torch.maximum(ink, rule(ink, pitch=pitch) * (rand(ink) < 0.25))
+    boxed, whole = rand(ink) < 0.4, rand(ink) < 0.5
     for side in range(4):  # a form's box, or some of its edges
         edge = rule(ink.rot90(side, (2, 3)), lowest=0.15).rot90(-side, (2, 3))  # (N, 1, H, W)
-        ink = torch.maximum(ink, edge * boxed * torch.maximum(whole, choose(n, 0.7, ink)))
+        ink = torch.maximum(ink, edge * boxed * (whole | (rand(ink) < 0.7)))
     # Stretched and, if mostly dark, inverted, as load_image does it
     ink = ink / ink.amax((2, 3), keepdim=True).clamp(min=crnn.MIN_TONES / 255)
     return torch.where(ink.mean((2, 3), keepdim=True) > 0.5, 1 - ink, ink)
@@ -280,9 +274,6 @@ class Muon(torch.optim.Optimizer):
     A convolution counts as a matrix (out, in * rows * columns), an LSTM's weight as four, one per
     gate. torch's own Muon takes two-dimensional weights only.
     """
-
-    def __init__(self, matrices, lr, momentum=0.95):
-        super().__init__(matrices, dict(lr=lr, momentum=momentum))
 
     @torch.no_grad()
     def step(self):
@@ -326,7 +317,7 @@ def make_optimizers(net, steps):
     others = [p for p in net.parameters() if not any(p is matrix for matrix in matrices)]
     rates = dict(muon=recipe()["matrix_learning_rate"], adamw=recipe()["learning_rate"])
     adamw = torch.optim.AdamW(others, rates["adamw"], weight_decay=WEIGHT_DECAY, fused=True)
-    parts = dict(muon=Muon(matrices, rates["muon"]), adamw=adamw)
+    parts = dict(muon=Muon(matrices, dict(lr=rates["muon"], momentum=0.95)), adamw=adamw)
     # At least 1.5 steps: torch divides by 0 where it is one exactly
     rise = min(1.0, max(WARM_UP, 1.5 / (steps + 1)))
     cycle = dict(total_steps=steps + 1, pct_start=rise, cycle_momentum=False)
@@ -493,11 +484,6 @@ def calibrate(confidences, correct):
 
 
 # ---- Outputs: the model, the state to resume from, history.csv and training_curves.png
-def resume_path():
-    """Where the state after the last complete epoch is."""
-    return Path(MODEL_PATH).with_suffix(".resume.pth")
-
-
 def save_if_best(state, model, exact, cer, count):
     """Save an epoch that reads the val rows at least as well as the best so far, or the start."""
     if exact < state["best"]:
@@ -525,7 +511,7 @@ def fingerprint(rows, steps):
 
 def load_state(expected, parts):
     """Put the parts back as they were saved. Returns the state, if its fingerprint is expected."""
-    path, remedy = resume_path(), "set RESUME = False to start anew"
+    path, remedy = Path(MODEL_PATH).with_suffix(".resume.pth"), "set RESUME = False to start anew"
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
         if saved["fingerprint"] != expected:
@@ -589,7 +575,7 @@ def end_epoch(state, net, parts, losses, started, val, count, epochs):
     state["history"].append(facts)
     save_if_best(state, model, exact, cer, count)
     saved = {name: part.state_dict() for name, part in dict(parts, net=net).items()}
-    crnn.save_tensors(resume_path(), state | saved)
+    crnn.save_tensors(Path(MODEL_PATH).with_suffix(".resume.pth"), state | saved)
     try:
         write_history(state["history"], curves=shown)
     except PermissionError as error:  # on Windows, while Excel has it open

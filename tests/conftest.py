@@ -139,8 +139,8 @@ def script_in(folder, name, monkeypatch, **constants):
     return script
 
 
-# The same in all tests; to look at each font and to parse the scripts takes six seconds and one.
-SLOW = ["survey_font", "code_below_constants", "find_words", "typeface"]
+# The same in all tests; to look at each font takes six seconds.
+SLOW = ["survey_font", "find_words", "typeface"]
 
 
 @pytest.fixture(scope="session")
