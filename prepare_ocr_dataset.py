@@ -3,9 +3,10 @@
     python prepare_ocr_dataset.py
 
 An image follows from the constants, its source and its index alone. So a run can be stopped at any
-time: the next one draws what is missing or was drawn with other constants, on any machine and with
-any number of workers to the same bytes. Images of your own join them: put them and a labels.csv
-(image_path,label) into datasets/custom, or into a folder of it for each set of images.
+time: the next one draws only what is missing or was drawn with other constants, and the files are
+the same byte for byte on any machine and with any number of workers. Images of your own join them:
+put them and a labels.csv (image_path,label) into datasets/custom, or into a folder of it for each
+set of images.
 """
 
 import contextlib
@@ -185,7 +186,7 @@ RANDOM = {  # kinds of text besides the grammar's, each of a split
     "look_alikes": lambda split: random_string(choice([*read_grammar()["alike"], DIGITS]), 2, 6),
 }
 STANDING_ALONE = {"code", "string", "mixed", "single", "look_alikes"}  # no word tells O from 0
-# Nobody can count joined underscores, tell one from a ruled line, or two apostrophes from a quote.
+# Nobody can count underscores that touch, tell one from a ruled line, or '' from a double quote.
 AMBIGUOUS = re.compile(r"__|^_$|['\"`]{2}")
 
 
@@ -262,7 +263,7 @@ def find_fonts():
             known = font.characters - set(left_out.get(font.family, ""))
             fonts.append(font._replace(characters=known))
         except OSError as error:
-            notes.append(f"{path} is skipped: it is no usable font ({error})")
+            notes.append(f"{path} is skipped: not a usable font ({error})")
     held_out = {kind: held_out_families(fonts, kind) for kind in (PRINTED, HANDWRITTEN)}
     for kind, families in held_out.items():
         if families:

@@ -50,8 +50,8 @@ FROM_NOTHING = dict(
     shortcut_weight=0.1,  # of a second CTC loss, on the CNN's features; its head is not kept
     frozen_norms=0.25,  # final share of training with batch norm frozen
 )
-# Small steps, so that fine-tuning does not forget; no shortcut head, whose random start would
-# disturb trained features. The size of the network is that of INIT_WEIGHTS.
+# Small steps, so that fine-tuning forgets little; no shortcut head, because its random weights
+# would disturb the trained features. The size of the network is that of INIT_WEIGHTS.
 FINE_TUNE = dict(matrix_learning_rate=1e-3, learning_rate=3e-4, shortcut_weight=0, frozen_norms=1)
 EPOCHS = 6  # passes over the training rows
 MIN_STEPS = 1_500  # batches; with few images there are more epochs, until there are as many
@@ -167,7 +167,7 @@ def report_data(rows, charset):
         print(f"never trained on, as all their images are in val or test: {names}", end="")
         print(f" and {len(repeated) - SHOWN:,} more labels" * (len(repeated) > SHOWN))
     if not INIT_WEIGHTS and len(kept) < ENOUGH:
-        print(f"{len(kept):,} images are few to learn from nothing: to start from the bundled")
+        print(f"{len(kept):,} images are too few to learn from nothing: to start from the bundled")
         print('weights, set INIT_WEIGHTS = "ocr_crnn_model/pretrained.pth"')
 
 
