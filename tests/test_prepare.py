@@ -392,6 +392,8 @@ def test_a_run_that_was_stopped_ends_in_the_same_bytes(prepare, few_fonts, capsy
 def test_only_what_changed_is_drawn_again(prepare, few_fonts, capsys, monkeypatch, tmp_path):
     csv_path = Path(prepare.DATASETS_DIR) / "trdg_custom" / "00000.csv"
     font = Path(prepare.FONTS_DIR) / "printed" / "abel-400.woff2"
+    strokes = Path(prepare.DATASETS_DIR) / "unipen" / "strokes.npz"
+    strokes.parent.mkdir(parents=True)
 
     def edit(module, old, new):
         code, path = Path(module.__file__).read_text(encoding="utf-8"), tmp_path / f"{old}.py"
@@ -408,6 +410,7 @@ def test_only_what_changed_is_drawn_again(prepare, few_fonts, capsys, monkeypatc
         (dict(), lambda: csv_path.write_text("image_path,label"), 3),
         (dict(), csv_path.with_name("00004.png").unlink, 2),  # the chunk of a deleted image
         (dict(), font.unlink, 5),
+        (dict(), partial(strokes.write_bytes, b"of pens, arriving later"), 0),
         (dict(), partial(edit, prepare_ocr_dataset, "  # ", "  # Now "), 0),
         (dict(), partial(edit, prepare_ocr_dataset, "if ", "if not "), 5),
         (dict(), partial(edit, crnn, "return ", "return not "), 5),
