@@ -72,7 +72,8 @@ class InputError(ValueError):
 def run(main, *arguments):
     """Run a script's main and exit with its status: the one place where an error becomes a line."""
     if hasattr(sys.stdout, "reconfigure"):  # for a Windows console, and names that are not UTF-8
-        sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")
+        look = dict(encoding="utf-8", errors="backslashreplace", line_buffering=True)
+        sys.stdout.reconfigure(**look)
     if not arguments and len(sys.argv) > 1:
         print(f"{sys.argv[0]} takes no arguments: edit the constants at its top", file=sys.stderr)
         sys.exit(2)
@@ -169,10 +170,7 @@ def load_image(source, turns=0):
         raise InputError(f"{shown}: a name that is not UTF-8, rename the file")
     try:
         with open_image(source) as image:
-            # Before its pixels take memory. Either side: by its EXIF tag it may still be turned.
-            if max(image.size) > MAX_ASPECT * min(image.size):
-                size = "{} x {} pixels".format(*image.size)
-                raise ValueError(f"{size}: too wide for a line of text, cut it into pieces")
+            check_size(image)
             grey = to_grey(ImageOps.exif_transpose(image)).rotate(90 * turns, expand=True)
             if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":  # a camera's: one photo
                 print(f"{name} has {image.n_frames} pages: the first is read", file=sys.stderr)
@@ -221,6 +219,14 @@ def open_image(source):
         return Image.fromarray(array.astype(np.float32))
     array = array * (255 / max(most, 255))
     return Image.fromarray(np.clip(array, 0, 255).astype(np.uint8))
+
+
+def check_size(image):
+    """Refuse what is no line, before its pixels are decoded and take memory."""
+    # The longer side either way: an image turned by its EXIF tag is tall until it is turned.
+    if max(image.size) > MAX_ASPECT * min(image.size):
+        size = "{} x {} pixels".format(*image.size)
+        raise ValueError(f"{size}: too wide for a line of text, cut it into pieces")
 
 
 def check_lines(grey):
@@ -537,16 +543,16 @@ def extents(peaks, width):
 
     >>> extents([1, 5], 8)
     ([0.0, 0.4375], [0.4375, 0.9375])
-    >>> extents([0, 3, 5], 8)  # as far before the second as that is before the third
-    ([0.0625, 0.3125, 0.5625], [0.3125, 0.5625, 0.8125])
+    >>> extents([0, 3, 5], 8)  # the second reaches as far to its left as to its right
+    ([0.0, 0.3125, 0.5625], [0.3125, 0.5625, 0.8125])
     """
     centres = [min(1.0, (peak + 0.5) / width) for peak in peaks]
-    if len(centres) > 2 and peaks[0] == 0:  # written at once, however far it stands from the edge
-        centres[0] = max(centres[0], 2 * centres[1] - centres[2])
     between = [(a + b) / 2 for a, b in zip(centres, centres[1:])]
     if not between:
         return [0.0] * len(centres), [1.0] * len(centres)
     first, last = 2 * centres[0] - between[0], 2 * centres[-1] - between[-1]
+    if len(between) > 1 and peaks[0] == 0:  # written at once, however far it stands from the edge
+        between[0] = max(between[0], 2 * centres[1] - between[1])
     return [max(0.0, first), *between], [*between, min(1.0, last)]
 
 
@@ -605,14 +611,15 @@ def know(charset, allowed=None, lexicon=None):
         return Known(taken_for)
     texts = read_lexicon(lexicon)
     other = {text: set(text) - set(allowed or charset.index) for text in texts}
+    reason = "ALLOWED lacks" if allowed else "the model does not know"
     for text in [text for text in texts if other[text]][:5]:
         names = " ".join(map(describe, sorted(other[text])))
-        print(f"LEXICON: {text!r} is left out, it has {names}", file=sys.stderr)
+        print(f"LEXICON: {text!r} is left out, {reason} {names}", file=sys.stderr)
     if (left_out := sum(map(bool, other.values()))) > 5:
         print(f"LEXICON: {left_out:,} texts are left out in all", file=sys.stderr)
     texts = tuple(text for text in texts if not other[text])
     if not texts:
-        raise InputError("LEXICON has no text that can be read: give it one per line")
+        raise InputError("LEXICON has no text that can be read, see above: give it one per line")
     return Known(taken_for, texts)
 
 
@@ -621,6 +628,8 @@ def read_lexicon(lexicon):
     if isinstance(lexicon, PATHS):
         try:
             lexicon = Path(lexicon).read_text(encoding="utf-8-sig").splitlines()
+        except FileNotFoundError:
+            raise InputError(f"LEXICON: no file {lexicon}; texts themselves go in a list") from None
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(f"LEXICON: {lexicon} is not a text file in UTF-8 ({error})") from None
     texts = [] if isinstance(lexicon, CONTENTS) else list(lexicon)  # an iterator is read once
@@ -638,7 +647,6 @@ def find_in_lexicon(looks, charset, reading, known):
     """
     how = dict(scorer=Levenshtein.distance, processor=str.lower, limit=SHORTLIST)
     texts, distances, _ = zip(*process.extract(reading.text, known.lexicon, **how))
-    lowered = list(map(str.lower, texts))
     targets = [charset.encode(text) for text in (*texts, reading.text)]
     any_case = [look._replace(log_probs=add_cases(look.log_probs, charset)) for look in looks]
     # One class for both cases: in Aaron a blank is needed between the first two, or Aron is as good
@@ -646,19 +654,17 @@ def find_in_lexicon(looks, charset, reading, known):
     scores = mean_log_probability(any_case, one_case)  # (texts,)
     if any(frames_needed(a) > frames_needed(b) for a, b in zip(one_case, targets)):
         scores = scores.maximum(mean_log_probability(looks, targets[:-1]))  # A and a, none between
-    if len(set(lowered)) < len(lowered):  # a text's share among its twins, as they are written
-        twins = torch.tensor([[a == b for b in lowered] for a in lowered])  # (texts, texts)
+    twins = torch.tensor([[a.lower() == b.lower() for b in texts] for a in texts])  # (texts, texts)
+    if twins.sum() > len(texts):  # a text's share among its twins, as they are written
         as_written = mean_log_probability(looks, targets[:-1]).where(twins, -math.inf)
         scores += as_written.log_softmax(1).diagonal().nan_to_num()
     best = int(scores.argmax())
     if scores[best] == -math.inf:  # all are too long
         return reading._replace(text="", confidence=0.0, characters=[], unrestricted=reading.text)
     # What was read is one more text, unless the lexicon has it: an image may show something else.
-    length, listed = min(len(texts[best]), len(reading.text)), distances[0] == 0
-    other = mean_log_probability(looks, targets[-1:])  # (1,)
-    other -= math.inf if listed else DOUBT * max(1, length)
-    scores = torch.cat([scores, other])  # (texts + 1,)
-    confidence = float(scores.softmax(0)[best])
+    doubt = DOUBT * max(1, min(len(texts[best]), len(reading.text))) if distances[0] else math.inf
+    other = mean_log_probability(looks, targets[-1:]) - doubt  # (1,)
+    confidence = float(torch.cat([scores, other]).softmax(0)[best])
     peaks = align(any_case[0].log_probs, targets[best])
     details = targets[best], peaks, looks[0].width, confidence
     return make_reading(charset, looks[0].log_probs, *details)._replace(unrestricted=reading.text)
@@ -909,11 +915,8 @@ def load_checkpoint(path, device="cpu", learn=False):
     return model.to(device) if learn else folded(model.to(device))
 
 
-def read_labels(csv_path):
-    """A csv of the data.csv form as a DataFrame of strings: NA, null and 007 stay what they are.
-
-    Raises InputError, one line with the fix, when it is missing, malformed, or lacks a column.
-    """
+def read_csv(csv_path):
+    """A csv as a DataFrame of strings. InputError, one line with the fix: it cannot be read."""
     import pandas as pd  # here, so that reading a single image does not wait for it
 
     try:
@@ -922,18 +925,30 @@ def read_labels(csv_path):
     except FileNotFoundError:
         remedy = "check the path, or run python prepare_ocr_dataset.py for datasets/data.csv"
         raise InputError(f"no {csv_path}: {remedy}") from None
-    except (ValueError, OSError) as error:  # pandas' own errors are ValueErrors
+    except pd.errors.ParserError as error:
+        reason = f"cannot be read ({str(error).strip()})".replace("\n", " ")
+        raise InputError(f"{csv_path} {reason}: put quotes around fields with a comma") from None
+    except (ValueError, OSError) as error:  # pandas' other errors are ValueErrors
         reason = str(error).strip().replace("\n", " ")
         raise InputError(f"{csv_path} cannot be read: write it as UTF-8 csv ({reason})") from None
     if not isinstance(rows.index, pd.RangeIndex):  # pandas has made the first field an index
         raise InputError(f"{csv_path} has too many fields in a line: quote labels with commas")
-    rows = rows.rename(columns=lambda name: name.strip().lower())
+    return rows.rename(columns=lambda name: name.strip().lower())
+
+
+def read_labels(csv_path):
+    """A csv of the data.csv form as a DataFrame of strings: NA, null and 007 stay what they are.
+
+    Raises InputError, one line with the fix, when it is missing, malformed, or lacks a column.
+    """
+    rows = read_csv(csv_path)
     if rows.columns.has_duplicates:  # as Label and label are now
         raise InputError(f"{csv_path} names a column twice: {','.join(rows.columns)}")
     for column in ("image_path", "label"):  # data.csv adds source and split
         if column not in rows.columns:
-            wanted = f"its first line must be image_path,label (found: {','.join(rows.columns)})"
-            raise InputError(f"{csv_path} has no column {column}: {wanted}")
+            wanted = "its first line must be image_path,label with a comma"
+            found = f"(found: {','.join(rows.columns)})"
+            raise InputError(f"{csv_path} has no column {column}: {wanted} {found}")
     if rows.empty:
         raise InputError(f"{csv_path} has no rows: add lines of image_path,label")
     rows = rows.fillna("")  # a line with too few fields leaves NaN behind

@@ -71,7 +71,10 @@ def describe_weights(facts):
     """Which weights read, how well they read their validation rows, and how to read with better."""
     line = f"reading with {model_path().as_posix()}"
     if "val_exact" in facts:
-        line += f" ({facts['val_exact']:.1%} of its validation rows read without error)"
+        rows = (
+            f"{facts['val_rows']:,} validation rows" if "val_rows" in facts else "validation rows"
+        )
+        line += f" ({facts['val_exact']:.1%} of its {rows} read without error)"
     if facts.get("init", "unknown") is None:
         line += "\nit was trained from nothing; to read with the bundled weights, set "
         line += f'MODEL_PATH = "{Path(PRETRAINED).as_posix()}"'
@@ -129,13 +132,13 @@ def snapshot(image):
 
 
 def is_single(images):
-    """Whether this is one image: of arrays (H, W), (H, W, 1, 3 or 4), and a tensor (3, H, W)."""
+    """Whether this is one image: an array (H, W) or (H, W, 1, 3 or 4), a tensor (3, H, W)."""
     kinds = (*crnn.PATHS, *crnn.CONTENTS, Image.Image)
     if not hasattr(images, "__iter__") or isinstance(images, kinds) or hasattr(images, "read"):
         return True  # also None, which cv2.imread makes of a file that is not there
     shape = getattr(images, "shape", ())
     encoded = len(shape) == 1 and str(images.dtype).endswith("uint8")  # a file's bytes
-    colours = isinstance(images, torch.Tensor) and shape[:1] in [(1,), (3,)]  # (3, H, W)
+    colours = isinstance(images, torch.Tensor) and shape[:1] in [(1,), (3,), (4,)]
     return encoded or len(shape) == 2 or (len(shape) == 3 and (colours or shape[2] < 5))
 
 
@@ -154,16 +157,19 @@ def read_chunk(images, known, model):
     there = [i for i, (image, _) in enumerate(loaded) if image is not None]
     pixels, kinds = [loaded[i][0] for i in there], [known[i] for i in there]
     readings = dict(zip(there, crnn.read_images(model, pixels, max(1, BATCH_SIZE), kinds)))
-    for i, (image, reason) in enumerate(loaded):
+    narrow = [i for i, image in zip(there, pixels) if image.shape[1] <= crnn.HEIGHT / 2]
+    narrow = [i for i in narrow if readings[i].confidence < SURE]
+    # Try both quarter-turns; trust three characters or more: a lone I would be a dash
+    turned = [(i, crnn.try_load(images[i], turns)[0]) for i in narrow for turns in (1, 3)]
+    turned = [(i, view) for i, view in turned if view is not None]  # of a stream: read once
+    views, kinds = [view for _, view in turned], [known[i] for i, _ in turned]
+    others = crnn.read_images(model, views, max(1, BATCH_SIZE), kinds)
+    for (i, _), other in zip(turned, others):
+        if len(other.text) > 2 and other.confidence > readings[i].confidence:
+            readings[i] = other
+    for _, reason in loaded:
         if reason:
             print(f"skipped: {reason}", file=sys.stderr, flush=True)
-        elif image.shape[1] <= crnn.HEIGHT / 2 and readings[i].confidence < SURE:
-            # Try both quarter-turns; trust three characters or more: a lone I would be a dash
-            turned = [crnn.try_load(images[i], turns)[0] for turns in (1, 3)]
-            turned = [view for view in turned if view is not None]  # of a stream: read once
-            others = crnn.read_images(model, turned, 1, [known[i]] * len(turned))
-            longer = [reading for reading in others if len(reading.text) > 2]
-            readings[i] = max([readings[i], *longer], key=lambda reading: reading.confidence)
     return [readings.get(i) for i in range(len(images))]
 
 
@@ -191,7 +197,9 @@ def list_csv(path):
 def list_samples(arguments):
     """A Sample for every image that the arguments name."""
     samples, kinds = [], Image.registered_extensions()  # by suffix; PDF is not in Image.OPEN
-    for path in map(Path, arguments):
+    # On Windows, *.png comes as it is
+    named = [[a] if os.path.exists(a) else sorted(glob(a)) or [a] for a in map(str, arguments)]
+    for path in map(Path, itertools.chain(*named)):
         if os.path.isdir(path):
             # Not what is hidden, such as a Mac's ._ files: * stands for no dot at the beginning
             names = glob("**/*", root_dir=path, recursive=True)
@@ -200,7 +208,7 @@ def list_samples(arguments):
             samples += map(Sample, sorted(images))
             if others := sorted(files - images):
                 such = ", ".join(file.name for file in others[:3])
-                print(f"{path}: {len(others):,} files are not read, such as {such}")
+                print(f"{path}: {len(others):,} files that are no images, such as {such}")
         elif path.suffix.lower() == ".csv":
             samples += list_csv(path)
         else:
@@ -212,6 +220,8 @@ def list_samples(arguments):
 
 def pick_test_rows():
     """NUM_SAMPLES of the test rows of DATA_CSV, evenly spread."""
+    if not os.path.exists(DATA_CSV):
+        raise InputError(f"no {DATA_CSV}: name images to read, python inference_crnn.py PATH")
     rows = [sample for sample in list_csv(DATA_CSV) if sample.split == "test"]
     if not rows:
         raise InputError(f"{DATA_CSV} has no test rows: name images, python inference_crnn.py PATH")
@@ -226,7 +236,7 @@ def show(sample, reading):
         print(f"Ground Truth: {sample.label}")
     sure = reading.confidence >= MIN_CONFIDENCE
     doubt = "" if sure else ", please check"
-    doubtful = [c for c in reading.characters if c.alternatives]
+    doubtful = [c for c in reading.characters if c.alternatives and reading.unrestricted is None]
     if doubtful and not sure:  # such as ": O 0.61 · 0 0.37"
         least = min(doubtful, key=lambda c: c.confidence)
         pairs = [(least.character, least.confidence), *least.alternatives]
@@ -404,7 +414,10 @@ def main(arguments=()):
     options = {a for a in arguments if a.startswith("-") and not os.path.exists(a)}
     if options:
         print(__doc__)
-        return 0 if options & {"-h", "--help"} else 2
+        if options & {"-h", "--help"}:
+            return 0
+        print(f"no option {min(options)}: edit the constants at the top", file=sys.stderr)
+        return 2
     crnn.check_output(PREDICTIONS_CSV, "PREDICTIONS_CSV")
     if PREDICTIONS_JSONL:
         crnn.check_output(PREDICTIONS_JSONL, "PREDICTIONS_JSONL")
@@ -415,12 +428,14 @@ def main(arguments=()):
         export_onnx(ONNX_PATH, load_checkpoint(model_path()))
     samples = list_samples(arguments) if arguments else pick_test_rows()
     rows = read_all(samples, model)
-    path = write_predictions(rows, former)
+    # Nothing read, perhaps a mistyped path: what an earlier run has read stays
+    path = write_predictions(rows, former) if len(rows) else "not written, since there are none"
     labelled, bare = rows[rows.label != ""], rows[rows.label == ""].drop_duplicates("image_path")
-    lines = []  # printed at the end, since nobody may be listening any more
+    lines = []  # printed at the end, where nobody may be listening any more
     if len(labelled):
         labelled = labelled.assign(source=labelled.source.replace("", "unnamed"))
-        lines.append(f"{crnn.format_score_table(crnn.score_table(labelled))}\n")
+        with suppress(BrokenPipeError):
+            print(f"{crnn.format_score_table(crnn.score_table(labelled))}\n")
         if REPORT_DIR:
             lines.append(f"report: {write_report(labelled).as_posix()}")
     if len(bare) and REPORT_DIR:

@@ -1386,10 +1386,13 @@ def find_mark():
     parts += [version("pillow"), version("trdg"), cv2.__version__, np.__version__]
     for script in (__file__, crnn.__file__):
         code = Path(script).read_text(encoding="utf-8").split("# " + "-" * 98 + "\n", 2)[-1]
-        parts.append(re.sub(r"\s*# .*|\s+", "", code))  # by text: ast differs between Pythons
+        # Without comments; as text, since ast differs between Pythons
+        parts.append(re.sub(r"(?m)^ *# .*\n|  # .*$", "", code))
     files = [TEXTS_FILE, WORDS_FILE, LEFT_OUT_FILE, PLACES_FILE]
-    files += [Path(font.path) for font in find_fonts()[0]]
-    parts += [(path.name, path.parent.name, zlib.crc32(path.read_bytes())) for path in files]
+    for font in find_fonts()[0]:
+        files.append(Path(font.path))
+        parts += [files[-1].name, font.kind]
+    parts += [zlib.crc32(path.read_bytes()) for path in files]
     return f"{zlib.crc32(repr(parts).encode()):08x}"
 
 
@@ -1487,8 +1490,10 @@ def custom_rows():
     datasets, tables = Path(DATASETS_DIR), {}
     folder = datasets / "custom"
     paths = [*sorted(folder.glob("labels*.csv")), *sorted(folder.glob("*/labels*.csv"))]
-    if folder.is_dir() and not paths:
-        print(f"{folder.as_posix()} is skipped: it has no labels.csv with image_path,label")
+    with_labels = {path.parent for path in paths}
+    for place in sorted({folder, *folder.glob("*/")} - with_labels):
+        if any(place.glob("*.*")) and folder not in with_labels:  # whose csv may name any image
+            print(f"{place.as_posix()} is skipped: it has no labels.csv with image_path,label")
     # The newest last: of an image that two files name, as after a second round of corrections, the
     # newer label counts.
     for path in sorted(paths, key=lambda path: path.stat().st_mtime_ns):
@@ -1559,7 +1564,7 @@ def main():
     print(f"\n{rows.groupby(['source', 'split'], sort=False).size().unstack(fill_value=0)}")
     counts = Counter("".join(rows.label[rows.split == "train"]))
     rare = " ".join(f"{c} {counts[c]}" for c in CHARSET if counts[c] < 50)
-    print(f"characters that occur fewer than 50 times, too rarely to be learned: {rare or 'none'}")
+    print(f"characters that occur fewer than 50 times, too rarely to learn well: {rare or 'none'}")
     seconds, place = time.perf_counter() - started, datasets.as_posix()
     print(f"\n{len(rows):,} images ({new:,} new) in {seconds:.0f} s. Labels and preview:")
     print(f"{place}/data.csv, {place}/preview.png")

@@ -104,7 +104,8 @@ def reason_to_skip(label, image, reason, charset):
     if not label.isprintable():
         return "line break or control character in the label", repr(label)
     if unknown := charset.unknown(label):
-        return "character in fewer training labels than MIN_CHARACTER_ROWS", unknown[0]
+        few = f"character in fewer than MIN_CHARACTER_ROWS = {MIN_CHARACTER_ROWS} training labels"
+        return few, unknown[0]
     if image is None:
         return "missing or unreadable image", reason
     if not crnn.fits(label, image):
@@ -422,7 +423,7 @@ def train_step(net, parts, images, targets, lengths):
     for optimizer in optimizers:
         scaler.unscale_(optimizer)
     norm = nn.utils.clip_grad_norm_(net.parameters(), 5.0)  # the first steps can be far larger
-    if norm.isfinite() or not scaler.is_enabled():  # in float16, both step or none
+    if not scaler.is_enabled() or norm.isfinite():  # in float16, both step or none
         for optimizer in optimizers:
             scaler.step(optimizer)
     scaler.update()
@@ -484,7 +485,7 @@ def calibrate(confidences, correct):
 
 
 # ---- Outputs: the model, the state to resume from, history.csv and training_curves.png
-def save_if_best(state, model, exact, cer, count):
+def save_if_best(state, model, exact, cer, count, val_rows):
     """Save an epoch that reads the val rows at least as well as the best so far, or the start."""
     if exact < state["best"]:
         return
@@ -494,7 +495,7 @@ def save_if_best(state, model, exact, cer, count):
         former = path.with_name(f"{path.stem}.{date}.pth")
         os.replace(path, former)
         print(f"    the model of an earlier training is kept as {former.as_posix()}")
-    data = dict(data=str(DATA_CSV), rows=count, seed=SEED)
+    data = dict(data=str(DATA_CSV), rows=count, val_rows=val_rows, seed=SEED)
     start = dict(init=INIT_WEIGHTS and str(INIT_WEIGHTS), epoch=state["epoch"])
     model.facts = dict(val_exact=exact, val_cer=cer, **start, **data)
     crnn.save_checkpoint(path, model)
@@ -502,20 +503,23 @@ def save_if_best(state, model, exact, cer, count):
 
 
 def fingerprint(rows, steps):
-    """What must be the same for a resumed training to reach the same weights, as a short text."""
+    """The data and constants that a resumed training must share with its beginning, in short."""
     text = rows[["image_path", "label", "split"]].to_csv(index=False)
     text += repr([recipe(), str(INIT_WEIGHTS), BATCH_SIZE, WARM_UP, WEIGHT_DECAY, AVERAGE])
-    text += repr([KEEP_START, DROPOUT, AUGMENT, BLANKS, world_size()])
+    text += repr([KEEP_START, DROPOUT, AUGMENT, BLANKS, PRECISION, world_size()])
     return f"{zlib.crc32(text.encode()):08x} {steps} {SEED}"
 
 
 def load_state(expected, parts):
     """Put the parts back as they were saved. Returns the state, if its fingerprint is expected."""
-    path, remedy = Path(MODEL_PATH).with_suffix(".resume.pth"), "set RESUME = False to start anew"
+    path, remedy = (
+        Path(MODEL_PATH).with_suffix(".resume.pth"),
+        "restore them, or set RESUME = False to start anew",
+    )
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
         if saved["fingerprint"] != expected:
-            raise InputError("other data or constants, restore them")
+            raise InputError("it was made with other data or constants")
         for name, part in parts.items():
             part.load_state_dict(saved.pop(name))
     except Exception as error:  # torch.load raises pickle, zip, key and runtime errors
@@ -573,7 +577,7 @@ def end_epoch(state, net, parts, losses, started, val, count, epochs):
     for measure in ("exact", "CER"):
         facts |= {f"{measure} {source}": float(v) for source, v in table[measure].items()}
     state["history"].append(facts)
-    save_if_best(state, model, exact, cer, count)
+    save_if_best(state, model, exact, cer, count, len(val))
     saved = {name: part.state_dict() for name, part in dict(parts, net=net).items()}
     crnn.save_tensors(Path(MODEL_PATH).with_suffix(".resume.pth"), state | saved)
     try:

@@ -532,7 +532,7 @@ def test_a_lexicon_is_read_by_and_what_it_lacks_is_doubted(shipped, tmp_path, ca
     images, path = lines("Serial", "Abbott", "Total"), tmp_path / "texts.txt"
     path.write_text("Seria1\n\nAbbot\nTotal \nSérial\nOther\n", encoding="utf-8")
     known = crnn.know(shipped.charset, lexicon=path)
-    assert "LEXICON: 'Sérial' is left out, it has 'é'" in capsys.readouterr().err
+    assert "LEXICON: 'Sérial' is left out, the model does not know 'é'" in capsys.readouterr().err
     assert known.lexicon == ("Seria1", "Abbot", "Total", "Other")
     readings = read_images(shipped, images, 3, [known] * 3)
     assert [r.text for r in readings] == ["Seria1", "Abbot", "Total"]
@@ -551,7 +551,7 @@ UNKNOWN = [
     (dict(allowed="0é"), r"ALLOWED has 'é' \(U\+00E9\)"),
     (dict(lexicon=["é"]), "no text that can be read"),
     (dict(lexicon=["Total", None]), "a list of texts"),
-    (dict(lexicon=Path("missing.txt")), "missing.txt is not a text file"),
+    (dict(lexicon=Path("missing.txt")), "no file missing.txt"),
 ]
 
 
