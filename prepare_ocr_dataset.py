@@ -464,7 +464,7 @@ MISCOUNTED = {"lou"}  # contributors who count components otherwise: their words
 PER_CHARACTER, PER_TEXT = 8, 2  # samples kept of one character, one word or text, of one writer
 LONGEST = 40  # characters in a text; longer ones run over several lines
 STROKES_HEIGHT = 128  # a writer's median character becomes so high, and so does the median word
-IN_PIECES = set('+=:;"#!?')  # a single stroke with such a label is only a piece of the sign
+IN_PIECES = set('+=:;"#!?$%*')  # a single stroke with such a label is only a piece of the sign
 TOLERANCE = 1.3  # how far a simplified line may lie from the written one, in the same unit
 
 # All steps between points (points, 2), and of each sample where its points begin, how many each of
@@ -683,11 +683,11 @@ def strokes_of(number):
 # letters: for each part, which characters it may be, and its left, top, width (below 0: mirrored)
 # and height in heights of the sign; height 0: as flat as it comes
 SIGNS = {
-    "≠": [("=", 0, 0.32, 0.85, 0.35), ("/", 0.25, 0, 0.45, 1)],
+    "≠": [("=", 0, 0.27, 0.85, 0.45), ("/", 0.25, 0, 0.45, 1)],
     "±": [("+", 0, 0, 0.8, 0.7), ("-_", 0, 0.95, 0.8, 0)],
-    "≤": [("<", 0, 0, 0.8, 0.65), ("-_", 0, 0.85, 0.8, 0)],
-    "≥": [(">", 0, 0, 0.8, 0.65), ("-_", 0, 0.85, 0.8, 0)],
-    "÷": [("-", 0, 0.5, 1, 0), (".", 0.46, 0.15, 0.08, 0.08), (".", 0.46, 0.8, 0.08, 0.08)],
+    "≤": [("<", 0, 0, 0.8, 0.65), ("-_", 0, 0.95, 0.8, 0)],
+    "≥": [(">", 0, 0, 0.8, 0.65), ("-_", 0, 0.95, 0.8, 0)],
+    "÷": [("-", 0, 0.5, 1, 0), (".", 0.46, 0.08, 0.08, 0.08), (".", 0.46, 0.87, 0.08, 0.08)],
     "×": [("x+", 0, 0, 0.9, 0.9)],
     "x": [("c", 0.4, 0, -0.4, 0.55), ("c", 0.4, 0, 0.4, 0.55)],
     "√": [("V", 0, 0, 0.45, 1), ("-_", 0.45, 0, 0.8, 0)],
@@ -711,7 +711,7 @@ def put_together(c, writers):
             arm, low = strokes[0], strokes[0][:, 1].argmax()
             arm[:low, 1] = arm[low, 1] - uniform(0.2, 0.6) * (arm[low, 1] - arm[:low, 1])
         if c in "≤≥" and sign and chance(0.5):  # the bar slants as the lower arm does
-            slope = uniform(0.2, 0.6) * (1 if c == "≤" else -1)
+            slope = uniform(0.2, 0.4) * (1 if c == "≤" else -1)
             strokes = [stroke @ np.float32([[1, slope], [0, 1]]) for stroke in strokes]
         if part == "+" and c == "×":  # a cross, lying
             strokes = [stroke @ np.float32([[1, 1], [-1, 1]]) for stroke in strokes]
@@ -1044,8 +1044,8 @@ def snapped(ink):
     moved = corners + (generator().random((4, 2), dtype=np.float32) - 0.5) * 0.14 * h
     ink = cv2.warpPerspective(ink, cv2.getPerspectiveTransform(corners, moved), (w, h))
     if chance(0.5):
-        return cv2.GaussianBlur(ink, (0, 0), uniform(0.4, h / 30))
-    length = randint(2, max(2, h // 14))  # of a point's way while the shutter is open
+        return cv2.GaussianBlur(ink, (0, 0), uniform(0.4, h / 40))
+    length = randint(2, max(2, h // 18))  # of a point's way while the shutter is open
     ways = np.ones((1, length)), np.ones((length, 1)), np.eye(length), np.eye(length)[::-1]
     return cv2.filter2D(ink, -1, choice(ways) / length)
 
@@ -1169,12 +1169,13 @@ def faded(ink, patches=4, least=0.5, grain=0.0, dead=0.0):
 
 
 def coarse(ink, least=11, most=18, two_tones=0.0):
-    """Scanned in so few rows, a share (two_tones) in black and white, and enlarged again."""
-    h, w = ink.shape
-    rows = randint(least, most)
+    """Scanned with so few rows a line, a share (two_tones) in black and white, and enlarged."""
+    (h, w), (top, bottom, *_) = ink.shape, ink_box(ink)
+    # Rows of the text, for the paper around it is no part of it, but for a dash or a comma
+    rows = round(randint(least, most) * h / max(h / 2, bottom + 1 - top))
     small = cv2.resize(ink, (max(4, round(w * rows / h)), rows), interpolation=cv2.INTER_AREA)
     if chance(two_tones):
-        small = np.float32(small + noise(small.shape, 0.04) > uniform(0.15, 0.3) * small.max())
+        small = np.float32(small + noise(small.shape, 0.04) > uniform(0.2, 0.4) * small.max())
     how = choice([cv2.INTER_NEAREST, cv2.INTER_LINEAR, cv2.INTER_CUBIC])
     return cv2.resize(small, (w, h), interpolation=how).clip(0, 1)
 
