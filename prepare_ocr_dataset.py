@@ -255,8 +255,8 @@ def find_fonts():
     fonts, notes = [], []
     left_out = pd.read_csv(LEFT_OUT_FILE, dtype=str, keep_default_na=False, index_col=0).characters
     for path in sorted(Path(FONTS_DIR).rglob("*"), key=Path.as_posix):  # one order on all systems
-        if path.suffix.lower() not in {".ttf", ".otf", ".woff", ".woff2"}:
-            continue
+        if path.suffix.lower() not in {".ttf", ".otf", ".woff", ".woff2"} or path.name[0] == ".":
+            continue  # such as a Mac's ._ files
         kind = HANDWRITTEN if path.parent.name == "handwriting" else PRINTED
         try:
             font = survey_font(str(path), kind, CHARSET)
@@ -419,11 +419,14 @@ def typeset_by_trdg(text, font):
 @contextlib.contextmanager
 def downloading(what, remedy):
     """Give up on a silent server, and turn a failure into one line: the run goes on without."""
+    before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)  # torchvision's download has none of its own
     try:
         yield
-    except (OSError, RuntimeError, ValueError, LookupError, EOFError, AssertionError) as error:
+    except Exception as error:  # also those of tarfile, zlib and json: the other sources are drawn
         print(f"could not get {what} ({error}), so its sources are skipped. {remedy}")
+    finally:
+        socket.setdefaulttimeout(before)
 
 
 @cache
@@ -432,8 +435,8 @@ def emnist_is_there():
     from torchvision import datasets
 
     files = "emnist-byclass-{train,test}-{images-idx3,labels-idx1}-ubyte"
-    remedy = f"To use it, unpack {files} from {datasets.EMNIST.url} into {DATASETS_DIR}"
-    with downloading("EMNIST", f"{remedy}/emnist/EMNIST/raw/"):
+    remedy = f"To use it, unpack {files} from {datasets.EMNIST.url} into "
+    with downloading("EMNIST", f"{remedy}{Path(DATASETS_DIR).as_posix()}/emnist/EMNIST/raw/"):
         return all(map(emnist, SPLITS))
     return False
 

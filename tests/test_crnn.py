@@ -247,9 +247,8 @@ def test_a_line_may_be_large():
     assert min(line.size) > 1000 and crnn.try_load(line)[0] is not None
 
 
-@pytest.mark.parametrize("shape", [(40, 90), (40, 90, 3)])  # grey and tinted
-def test_faint_noise_is_not_ink(shape):
-    noise = np.random.default_rng(0).integers(228, 236, shape, dtype=np.uint8)
+def test_faint_noise_is_not_ink():
+    noise = np.random.default_rng(0).integers(228, 236, (40, 90, 3), dtype=np.uint8)  # tinted
     assert load_image(Image.fromarray(noise)).min() > 190
 
 
@@ -335,6 +334,17 @@ def test_repeats_are_merged_then_blanks_removed_and_spaces_at_the_ends(path, tex
     assert all(c.confidence > 0.99 for c in reading.characters)
     edges = [edge for c in reading.characters for edge in (c.left, c.right)]
     assert [0, *edges, 1] == sorted([0, *edges, 1])
+
+
+def test_places_are_parts_of_the_width_without_padding():
+    classes = torch.tensor([1, 0, 0, 2, 0, 0, 0, 0])  # the last four are padding
+    last = decode(F.one_hot(classes, 3) + 1e-8, "ab", width=4).characters[-1]
+    assert (last.left, last.right) == (0.5, 1.0)
+
+
+def test_a_character_is_as_sure_as_in_its_surest_frame():
+    probabilities = torch.tensor([[0.4, 0.6], [0.1, 0.9], [0.8, 0.2]])  # blank, a
+    assert decode(probabilities, "a").characters[0].confidence == pytest.approx(0.9)
 
 
 def test_confidence_is_the_probability_of_the_text():
@@ -508,6 +518,26 @@ def test_blank_paper_shows_no_text_of_a_lexicon_and_several_lines_are_marked(shi
     assert (doubtful.text, doubtful.confidence) == ("Paris", 0)
 
 
+def test_of_a_long_lexicon_the_nearest_texts_are_compared(shipped):
+    known = crnn.know(shipped.charset, lexicon=[f"Q{i:04}" for i in range(200)] + ["Total"])
+    (reading,) = read_images(shipped, lines("Total"), 1, [known])
+    assert reading.text == "Total" and reading.confidence > 0.9
+
+
+def test_what_is_read_competes_with_the_lexicon():
+    charset, frame = Charset("ab"), torch.tensor([[0.02, 0.9, 0.08]]).log()  # blank, a, b
+    look = crnn.Look(crnn.greedy_decode(frame[:, None], charset)[0], frame, 1)
+    known = crnn.know(charset, lexicon=["b"])
+    confidence = crnn.find_in_lexicon([look], charset, look.reading, known).confidence
+    assert confidence == pytest.approx(0.08 / (0.08 + 0.9 * np.exp(-crnn.DOUBT)))
+
+
+def test_the_case_that_is_not_allowed_is_read_as_the_other():
+    wanted = {"a": [0, 1, 1, 4], "A": [0, 2, 2, 4], "aA": [0, 1, 2, 4], "b": [0, 4, 4, 3]}
+    for allowed, classes in wanted.items():
+        assert crnn.know(Charset("aAb"), allowed).taken_for.tolist() == classes
+
+
 HELD = [
     ("AA-r-o-n-", "Aron", "Aaron"),
     ("A-a-r-o-n", "Aaron", "Aron"),
@@ -628,6 +658,13 @@ def test_a_checkpoint_is_not_read_with_another_preprocessing(tmp_path, monkeypat
         load_checkpoint(tmp_path / "crnn.pth")
 
 
+def test_a_checkpoint_keeps_every_constant_of_preprocessing():
+    code = Path(crnn.__file__).read_text(encoding="utf-8")
+    part = code.split("# What the network sees.")[1].split("# How it is read")[0]
+    names = ", ".join(re.findall("^([A-Z_, ]+) =", part, re.M)).split(", ")
+    assert sorted(crnn.preprocessing()) == sorted(names)
+
+
 class Malicious:  # it makes a folder where it is unpickled
     def __reduce__(self):
         return os.mkdir, ("trap",)
@@ -709,6 +746,11 @@ def test_a_label_is_in_one_split_unless_it_must_be_learned():
     for labels in (["a", "b"], ["on", "off"]):  # characters, and labels with many images
         few = crnn.add_split(pd.DataFrame(dict(image_path=paths[:400], label=labels * 200)))
         assert few.groupby("label").split.nunique().min() == 3
+
+
+def test_no_text_changes_its_split():
+    held = {n: split for n in range(60) if (split := crnn.split_of(str(n))) != "train"}
+    assert held == {6: "val", 37: "val", 40: "val"} | dict.fromkeys((10, 19, 27, 38, 52), "test")
 
 
 # ---- scores

@@ -126,7 +126,8 @@ def test_the_test_rows_are_spread_evenly(infer, checkpoint, tmp_path):
 def test_a_mistyped_path_leaves_what_was_read(infer, checkpoint, line, capsys):
     assert infer.main([str(Path(line).parent / "*.png")]) == 0  # as it comes on Windows
     read = predictions(infer)
-    assert list(read.image_path) == [line]
+    assert list(read.image_path) == [Path(line).as_posix()]
+    assert Path(infer.PREDICTIONS_CSV).read_bytes()[:3] == b"\xef\xbb\xbf"  # for Excel
     assert infer.main(["lines.png"]) == 1
     assert "readings: not written" in capsys.readouterr().out
     assert predictions(infer).equals(read)
@@ -141,15 +142,11 @@ def test_it_says_which_weights_read_and_how_well(infer, checkpoint, line, capsys
     save_checkpoint(checkpoint, model)
     infer.main([line])
     output = capsys.readouterr().out
-    assert f"reading with {checkpoint} (55.3% of its validation rows" in output
-    assert f'set MODEL_PATH = "{bundled}"' in output
+    assert f"reading with {checkpoint.as_posix()} (55.3% of its validation rows" in output
+    assert f'set MODEL_PATH = "{bundled.as_posix()}"' in output
     infer.set(MODEL_PATH=str(bundled))  # as it said
     infer.main([line])
-    assert capsys.readouterr().out.startswith(f"reading with {bundled}\nImage: ")
-    infer.set(MODEL_PATH="missing.pth")
-    infer.main([line])
-    assert f"reading with {bundled}" in capsys.readouterr().out
-    assert infer.recognize([line])[0] is not None
+    assert capsys.readouterr().out.startswith(f"reading with {bundled.as_posix()}\nImage: ")
 
 
 def test_the_readme_shows_what_is_printed(infer, tmp_path, capsys, monkeypatch):
@@ -228,7 +225,7 @@ def test_a_quarter_turn_is_read(infer, shipped, tmp_path):
 def test_a_name_that_is_not_utf8_is_skipped(infer, line, tmp_path, capsys):
     try:
         shutil.copy(line, os.fsencode(tmp_path) + b"/caf\xe9.png")
-    except OSError:
+    except (OSError, UnicodeError):
         pytest.skip("this file system takes UTF-8 only")
     assert infer.main([str(tmp_path)]) == 1
     assert "caf\\udce9.png: a name that is not UTF-8" in capsys.readouterr().err
@@ -281,7 +278,6 @@ REMEDIES = [
     ("PREDICTIONS_CSV", "bad.csv/predictions.csv", "cannot write"),
     ("ONNX_PATH", "model.onnx", "pip install onnx onnxscript"),
     ("PREDICTIONS_CSV", "empty", "PREDICTIONS_CSV = .*empty' is no file"),
-    ("PREDICTIONS_JSONL", "empty", "PREDICTIONS_JSONL = .*empty' is no file"),
     ("argument", "empty", "no images to read"),
 ]
 
@@ -325,6 +321,7 @@ def test_the_report_counts_errors_and_stands_alone(infer, tmp_path):
     assert "://" not in page
     assert "R&amp;D.pth" in page
     assert "$5 read as S5! (0.80)" in page  # of the surest errors
+    assert page.index("(0.90)") < page.index("(0.80)") < page.index("(0.20)")
     page = infer.write_report(rows[:1]).read_text(encoding="utf-8")  # without any error
     assert re.search(r"<th>exact match</th>\s*<td>100.0%</td>", page)
 
@@ -339,7 +336,8 @@ def scans(infer, checkpoint, tmp_path):
     infer.set(REPORT_DIR=str(tmp_path / "report"))
     (tmp_path / "my scans" / "ü").mkdir(parents=True)
     for i, text in enumerate(AWKWARD):
-        line_image(text).save(tmp_path / "my scans" / ("ü" if i % 2 else "") / f"'{i}', <&>.png")
+        name = f"'{i}', {'&' if os.name == 'nt' else '<&>'}.png"
+        line_image(text).save(tmp_path / "my scans" / ("ü" if i % 2 else "") / name)
     assert infer.main([str(tmp_path / "my scans")]) == 0
     return tmp_path / "my scans"
 

@@ -185,6 +185,10 @@ def test_fonts_of_the_test_are_not_trained_in(prepare):
         for split in SPLITS:
             picked = [pick(prepare, "abc", split, source=source) for _ in range(30)]
             assert {font.held_out for font in picked} == {split != "train"}
+    for split, style in itertools.product(SPLITS, ("receipt", "display")):  # fonts by their names
+        line = make_line(prepare, "12", split)
+        line = line._replace(style=prepare.STYLES[prepare.PRINTED][style])
+        assert {line.source.pick(line).held_out for _ in range(30)} == {split != "train"}
     for kind in (True, False):  # nothing is trained on that is never tested
         sides = [f.characters for f in fonts if f.kind == prepare.PRINTED and f.held_out == kind]
         assert set().union(*sides) == set(prepare.CHARSET)
@@ -313,7 +317,7 @@ def test_an_image_shows_its_label(prepare, downloaded, shipped, source):
     """The bundled weights read most: a wrong label, a lost or a mirrored character would show."""
     images, labels, *_ = zip(*[prepare.sample(source, index) for index in range(40)])
     right = [text == label.replace(" ", "") for text, label in zip(read(shipped, images), labels)]
-    assert np.mean(right) >= 0.4
+    assert np.mean(right) >= 0.6
 
 
 def test_all_sources(prepare, few_fonts, downloaded, capsys):
@@ -394,6 +398,8 @@ def test_only_what_changed_is_drawn_again(prepare, few_fonts, capsys, monkeypatc
     font = Path(prepare.FONTS_DIR) / "printed" / "abel-400.woff2"
     strokes = Path(prepare.DATASETS_DIR) / "unipen" / "strokes.npz"
     strokes.parent.mkdir(parents=True)
+    grammar = tmp_path / "texts.txt"
+    grammar.write_bytes(prepare.TEXTS_FILE.read_bytes() + b"\n# ours\n")
 
     def edit(module, old, new):
         code, path = Path(module.__file__).read_text(encoding="utf-8"), tmp_path / f"{old}.py"
@@ -409,11 +415,12 @@ def test_only_what_changed_is_drawn_again(prepare, few_fonts, capsys, monkeypatc
         (dict(NUM_IMAGES=dict(trdg_custom=5)), None, 0),
         (dict(), lambda: csv_path.write_text("image_path,label"), 3),
         (dict(), csv_path.with_name("00004.png").unlink, 2),  # the chunk of a deleted image
-        (dict(), font.unlink, 5),
+        (dict(), lambda: (prepare.typeface.cache_clear(), font.unlink()), 5),
         (dict(), partial(strokes.write_bytes, b"of pens, arriving later"), 0),
         (dict(), partial(edit, prepare_ocr_dataset, "  # ", "  # Now "), 0),
         (dict(), partial(edit, prepare_ocr_dataset, "if ", "if not "), 5),
         (dict(), partial(edit, crnn, "return ", "return not "), 5),
+        (dict(TEXTS_FILE=grammar), None, 5),
     ]
     prepare.set(CHUNK=3)
     for constants, change, new in steps:
@@ -472,7 +479,7 @@ def test_what_cannot_be_used_is_named_and_left_out(prepare, few_fonts, capsys, m
     assert time.monotonic() - start < 30
     for name, place in (("EMNIST", "emnist/EMNIST/raw/"), ("UNIPEN", "unipen/")):
         assert output.count(f"could not get {name}") == 1
-        assert f"{prepare.DATASETS_DIR}/{place}" in output
+        assert f"{Path(prepare.DATASETS_DIR).as_posix()}/{place}" in output
     assert "broken ü.ttf is skipped" in output
     assert "handwriting is skipped: it needs two families of handwritten fonts" in output
     assert set(data_rows(prepare).source) == {"trdg_custom", "synthetic_math"}
@@ -485,7 +492,7 @@ COMPLAINTS = [
     (dict(WORDS_FILE=Path("none.txt")), "none.txt is missing: it is part of the repository"),
     (dict(MAX_LENGTH=0), r"set NUM_IMAGES\['trdg_custom'\] = 0"),
     (dict(FONTS_DIR="no folder"), "start in the project's folder"),
-    (dict(DATASETS_DIR=FONT + "/datasets"), "DejaVuSans.ttf/datasets"),  # a file is in the way
+    (dict(DATASETS_DIR=FONT + "/datasets"), "DejaVuSans.ttf"),  # a file is in the way
 ]
 
 

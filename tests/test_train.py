@@ -5,7 +5,7 @@ import re
 import shutil
 import subprocess
 from pathlib import Path
-from unittest.mock import Mock
+from unittest.mock import DEFAULT, Mock
 
 import pandas as pd
 import pytest
@@ -225,7 +225,6 @@ MISTAKES = [
     (None, dict(DEVICE="abacus"), "DEVICE = 'abacus': set cpu"),
     (None, dict(MODEL_PATH=str(ROOT)), "is no file: give it the name of one"),
     (None, dict(MODEL_PATH=FONT + "/crnn.pth"), "DejaVuSans.ttf"),
-    (None, dict(MODEL_PATH=FONT + "/deeper/crnn.pth"), "DejaVuSans.ttf"),
 ]
 
 
@@ -271,7 +270,7 @@ def test_batches_hold_every_row_and_train_rows_may_stand_in(train, monkeypatch, 
 # ---- stopping and resuming
 def test_killed_and_resumed_reaches_the_same_weights(by_heart, tmp_path):
     """kill -9 in the second half, then RESUME: the very weights of an uninterrupted run."""
-    by_heart.set(EPOCHS=12)
+    by_heart.set(EPOCHS=12, AUGMENT=1.0, BLANKS=0.1, DROPOUT=0.1)
     by_heart.main()
     whole = resume_state(folder_of(by_heart))
     by_heart.set(MODEL_PATH=str(tmp_path / "killed" / "crnn.pth"))
@@ -305,12 +304,43 @@ def test_nothing_to_resume(former, trained, fault, complaint):
         former.main()
 
 
-def test_a_training_is_resumed_with_the_constants_it_began_with(tiny):
-    tiny.set(EPOCHS=2)
+CHANGED = dict(INIT_WEIGHTS="x.pth", FROM_NOTHING={}, AUGMENT=0.5, SEED=1)
+
+
+@pytest.mark.parametrize("constant", CHANGED)
+def test_other_data_and_constants_are_noticed(train, constant):
+    rows = pd.DataFrame(dict(image_path=["a"], label=["b"], split=["train"]))
+    before = train.fingerprint(rows, 9)
+    assert train.fingerprint(rows.assign(label="c"), 9) != before != train.fingerprint(rows, 8)
+    train.set(**{constant: CHANGED[constant]})
+    assert train.fingerprint(rows, 9) != before
+
+
+def stop_in_the_second_epoch(train):
+    epochs = Mock(wraps=train.train_epoch, side_effect=[DEFAULT, KeyboardInterrupt])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train.module, "train_epoch", epochs)
+        train.main()
+    train.set(RESUME=True)
+
+
+def test_a_resumed_training_knows_its_best_epoch(tiny):
+    tiny.set(EPOCHS=2, read=read_well(6))
+    stop_in_the_second_epoch(tiny)
+    tiny.set(read=read_well(5))
     tiny.main()
-    tiny.set(RESUME=True, AUGMENT=0.5)
-    with pytest.raises(InputError, match="other data or constants"):
-        tiny.main()
+    assert load_checkpoint(tiny.MODEL_PATH).facts["epoch"] == 1
+
+
+def test_new_characters_stay_new_where_fine_tuning_in_place_is_resumed(former):
+    write_csv(Path(former.DATA_CSV).parent, ["é", *TEXTS], split=["train"] * 12 + ["val"])
+    former.set(INIT_WEIGHTS=former.MODEL_PATH, KEEP_START=0.5, EPOCHS=2, read=read_well(0, 1, 1))
+    stop_in_the_second_epoch(former)
+    former.set(read=read_well(1))
+    former.main()
+    model, state = load_checkpoint(former.MODEL_PATH, learn=True), resume_state(folder_of(former))
+    c = model.charset.index["é"]
+    assert model.linear.bias[c] == state["average"]["module.linear.bias"][c]
 
 
 def test_gradients_too_large_for_float16_change_no_weight(train, trained):
@@ -418,6 +448,14 @@ def test_norms_are_frozen_at_the_statistics_of_the_average(train):
     train.freeze_norms(model, average, epoch=4, epochs=4)
     assert not model.cnn[0][1].training and model.cnn[0][1].running_mean.min() == 3
     assert model.cnn[1].training
+
+
+def test_what_is_saved_is_the_average(trained):
+    state = resume_state(trained)
+    saved = load_checkpoint(trained / "crnn.pth", learn=True).state_dict()
+    assert differing(saved, {name: state["average"][f"module.{name}"] for name in saved}) == []
+    last = {name: state["net"][f"crnn.{name}"] for name in saved}
+    assert "linear.weight" in differing(saved, last)
 
 
 def test_the_saved_weights_are_a_mean_of_the_last_steps(train):
