@@ -7,6 +7,7 @@ import os
 import re
 import runpy
 import shutil
+import sys
 from pathlib import Path
 from unittest.mock import DEFAULT, Mock
 
@@ -181,7 +182,7 @@ def test_of_a_folder_what_is_no_image_is_named_and_the_rest_is_read(infer, line,
     assert skipped == ["text.jpg", "zero.png", "missing.png"]
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+@pytest.mark.skipif(sys.platform != "linux", reason="no safe fork beside threads")
 def test_a_forked_child_reads_what_its_parent_has_loaded(infer, checkpoint, line):
     """torch's threads stay behind in the parent: a child that used them would wait for ever."""
     model, number = load_checkpoint(checkpoint), torch.get_num_threads()
