@@ -71,10 +71,8 @@ def describe_weights(facts):
     """Which weights read, how well they read their validation rows, and how to read with better."""
     line = f"reading with {model_path().as_posix()}"
     if "val_exact" in facts:
-        rows = (
-            f"{facts['val_rows']:,} validation rows" if "val_rows" in facts else "validation rows"
-        )
-        line += f" ({facts['val_exact']:.1%} of its {rows} read without error)"
+        number = f"{facts['val_rows']:,} " if "val_rows" in facts else ""
+        line += f" ({facts['val_exact']:.1%} of its {number}validation rows read without error)"
     if facts.get("init", "unknown") is None:
         line += "\nit was trained from nothing; to read with the bundled weights, set "
         line += f'MODEL_PATH = "{Path(PRETRAINED).as_posix()}"'

@@ -512,10 +512,7 @@ def fingerprint(rows, steps):
 
 def load_state(expected, parts):
     """Put the parts back as they were saved. Returns the state, if its fingerprint is expected."""
-    path, remedy = (
-        Path(MODEL_PATH).with_suffix(".resume.pth"),
-        "restore them, or set RESUME = False to start anew",
-    )
+    path = Path(MODEL_PATH).with_suffix(".resume.pth")
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
         if saved["fingerprint"] != expected:
@@ -524,6 +521,7 @@ def load_state(expected, parts):
             part.load_state_dict(saved.pop(name))
     except Exception as error:  # torch.load raises pickle, zip, key and runtime errors
         reason = error if isinstance(error, InputError) else type(error).__name__
+        remedy = "put back what was there, or set RESUME = False to start anew"
         raise InputError(f"RESUME: {path} cannot be used ({reason}): {remedy}") from None
     print(f"resuming after epoch {saved['epoch']}")
     return saved
