@@ -664,6 +664,8 @@ def people(split):
     for number, (writer, label) in enumerate(zip(samples.writers, samples.labels)):
         if split_of(writer.split("/")[-1]) != split:  # a person's, whoever collected the writing
             continue
+        if label in list("$%*") and len(samples.strokes[number]) == 1:  # parsed by an older script
+            continue
         # Held-out words stay so, in whoever's hand.
         words = re.findall("[A-Za-z]{2,}", label) if split == "train" else []
         if len(label) == 1:
@@ -1174,7 +1176,7 @@ def faded(ink, patches=4, least=0.5, grain=0.0, dead=0.0):
 def coarse(ink, least=11, most=18, two_tones=0.0):
     """Scanned with so few rows a line, a share (two_tones) in black and white, and enlarged."""
     (h, w), (top, bottom, *_) = ink.shape, ink_box(ink)
-    # Rows of the text, for the paper around it is no part of it, but for a dash or a comma
+    # Of what is inked, for the paper around it is no part of the line, but for a dash or a comma
     rows = round(randint(least, most) * h / max(h / 2, bottom + 1 - top))
     small = cv2.resize(ink, (max(4, round(w * rows / h)), rows), interpolation=cv2.INTER_AREA)
     if chance(two_tones):

@@ -521,7 +521,7 @@ def load_state(expected, parts):
             part.load_state_dict(saved.pop(name))
     except Exception as error:  # torch.load raises pickle, zip, key and runtime errors
         reason = error if isinstance(error, InputError) else type(error).__name__
-        remedy = "put back what was there, or set RESUME = False to start anew"
+        remedy = "put all back as it was, data and constants too, or set RESUME = False"
         raise InputError(f"RESUME: {path} cannot be used ({reason}): {remedy}") from None
     print(f"resuming after epoch {saved['epoch']}")
     return saved

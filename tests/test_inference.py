@@ -279,6 +279,7 @@ REMEDIES = [
     ("PREDICTIONS_CSV", "bad.csv/predictions.csv", "cannot write"),
     ("ONNX_PATH", "model.onnx", "pip install onnx onnxscript"),
     ("PREDICTIONS_CSV", "empty", "PREDICTIONS_CSV = .*empty' is no file"),
+    ("PREDICTIONS_JSONL", "empty", "PREDICTIONS_JSONL = .*empty' is no file"),
     ("argument", "empty", "no images to read"),
 ]
 

@@ -478,6 +478,7 @@ def test_what_cannot_be_used_is_named_and_left_out(prepare, few_fonts, capsys, m
         start = time.monotonic()
         output, _ = draw(prepare, capsys, NUM_IMAGES=dict.fromkeys(prepare.SOURCES, 2))
     assert time.monotonic() - start < 30
+    assert socket.getdefaulttimeout() is None  # as before
     for name, place in (("EMNIST", "emnist/EMNIST/raw/"), ("UNIPEN", "unipen/")):
         assert output.count(f"could not get {name}") == 1
         assert f"{Path(prepare.DATASETS_DIR).as_posix()}/{place}" in output
