@@ -590,6 +590,7 @@ class Known(NamedTuple):
     # (C,): for each class, the class that gets its probability, C: none; None: each keeps its own
     taken_for: torch.Tensor | None = None
     lexicon: tuple = ()  # the texts it can show; none: any
+    lowered: tuple = ()  # the same in small letters
 
 
 def know(charset, allowed=None, lexicon=None):
@@ -620,7 +621,7 @@ def know(charset, allowed=None, lexicon=None):
     texts = tuple(text for text in texts if not other[text])
     if not texts:
         raise InputError("LEXICON has no text that can be read, see above: give it one per line")
-    return Known(taken_for, texts)
+    return Known(taken_for, texts, tuple(map(str.lower, texts)))
 
 
 def read_lexicon(lexicon):
@@ -645,8 +646,9 @@ def find_in_lexicon(looks, charset, reading, known):
     Case is ignored, since people write PARIS where a list has Paris, except to tell apart texts
     that differ in nothing else. reading: what is read in the Looks without the lexicon.
     """
-    how = dict(scorer=Levenshtein.distance, processor=str.lower, limit=SHORTLIST)
-    texts, distances, _ = zip(*process.extract(reading.text, known.lexicon, **how))
+    how = dict(scorer=Levenshtein.distance, limit=SHORTLIST)
+    lowered, distances, places = zip(*process.extract(reading.text.lower(), known.lowered, **how))
+    texts = [known.lexicon[i] for i in places]
     targets = [charset.encode(text) for text in (*texts, reading.text)]
     any_case = [look._replace(log_probs=add_cases(look.log_probs, charset)) for look in looks]
     # One class for both cases: in Aaron a blank is needed between the first two, or Aron is as good
@@ -654,8 +656,8 @@ def find_in_lexicon(looks, charset, reading, known):
     scores = mean_log_probability(any_case, one_case)  # (texts,)
     if any(frames_needed(a) > frames_needed(b) for a, b in zip(one_case, targets)):
         scores = scores.maximum(mean_log_probability(looks, targets[:-1]))  # A and a, none between
-    twins = torch.tensor([[a.lower() == b.lower() for b in texts] for a in texts])  # (texts, texts)
-    if twins.sum() > len(texts):  # a text's share among its twins, as they are written
+    if len(set(lowered)) < len(lowered):  # a text's share among its twins, as they are written
+        twins = torch.tensor([[a == b for b in lowered] for a in lowered])  # (texts, texts)
         as_written = mean_log_probability(looks, targets[:-1]).where(twins, -math.inf)
         scores += as_written.log_softmax(1).diagonal().nan_to_num()
     best = int(scores.argmax())

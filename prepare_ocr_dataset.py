@@ -135,7 +135,7 @@ def find_words():
 
 def word_split(text):
     """The split of a word and all its parts, None where they differ: power-driven shows power."""
-    splits = {split_of(part) for part in [text, *re.findall(r"[^\W\d_]{2,}", text)]}
+    splits = {split_of(part) for part in {text, *re.findall(r"[^\W\d_]{2,}", text)}}
     return splits.pop() if len(splits) == 1 else None
 
 
@@ -467,7 +467,10 @@ MISCOUNTED = {"lou"}  # contributors who count components otherwise: their words
 PER_CHARACTER, PER_TEXT = 8, 2  # samples kept of one character, one word or text, of one writer
 LONGEST = 40  # characters in a text; longer ones run over several lines
 STROKES_HEIGHT = 128  # a writer's median character becomes so high, and so does the median word
-IN_PIECES = set('+=:;"#!?$%*')  # a single stroke with such a label is only a piece of the sign
+LATER_IN_PIECES = set("$%*")  # which an older script took, whose strokes may still be there
+IN_PIECES = (
+    set('+=:;"#!?') | LATER_IN_PIECES
+)  # a single stroke with such a label is only a piece of the sign
 TOLERANCE = 1.3  # how far a simplified line may lie from the written one, in the same unit
 
 # All steps between points (points, 2), and of each sample where its points begin, how many each of
@@ -477,11 +480,16 @@ Samples = namedtuple("Samples", "steps points strokes writers labels")
 Written = namedtuple("Written", "strokes label writer")
 
 
+def strokes_path():
+    """The one compact file of UNIPEN's strokes."""
+    return Path(DATASETS_DIR) / "unipen" / "strokes.npz"
+
+
 @cache
 def unipen_is_there():
     """Whether UNIPEN's strokes are there, if need be after they were fetched and parsed."""
-    folder, page = Path(DATASETS_DIR) / "unipen", UNIPEN_RECORD.replace("/api", "")
-    strokes = folder / "strokes.npz"
+    strokes, page = strokes_path(), UNIPEN_RECORD.replace("/api", "")
+    folder = strokes.parent
     if not strokes.exists():
         with downloading("UNIPEN", f"To use it, unpack {page} into {folder.as_posix()}/"):
             anywhere = f"{folder.as_posix()}/**/data/7"  # as somebody has unpacked or linked it
@@ -645,7 +653,7 @@ def believable(strokes, label):
 @cache
 def load_strokes():
     """The Samples of UNIPEN's compact file."""
-    with np.load(Path(DATASETS_DIR) / "unipen" / "strokes.npz") as file:
+    with np.load(strokes_path()) as file:
         steps, points, ends = file["steps"], file["points"], file["strokes"].cumsum()
         writers, labels = (str(file[name]).split("\n") for name in ("writers", "labels"))
     starts = [0, *points.cumsum()[ends - 1].tolist()]
@@ -664,7 +672,7 @@ def people(split):
     for number, (writer, label) in enumerate(zip(samples.writers, samples.labels)):
         if split_of(writer.split("/")[-1]) != split:  # a person's, whoever collected the writing
             continue
-        if label in list("$%*") and len(samples.strokes[number]) == 1:  # parsed by an older script
+        if label in LATER_IN_PIECES and len(samples.strokes[number]) == 1:
             continue
         # Held-out words stay so, in whoever's hand.
         words = re.findall("[A-Za-z]{2,}", label) if split == "train" else []
@@ -1386,8 +1394,11 @@ def draw(line, tool):
 Chunk = namedtuple("Chunk", "source start number mark csv")
 
 
-def find_mark():
-    """A hash of all that shapes the images: docstrings count; comments, counts, folders do not."""
+def find_marks(sources):
+    """For each source, a hash of all that shapes its images.
+
+    Docstrings count; comments, counts and folders do not.
+    """
     parts = [globals()[name] for name in SHAPING] + [crnn.preprocessing()]
     parts += [version("pillow"), version("trdg"), cv2.__version__, np.__version__]
     for script in (__file__, crnn.__file__):
@@ -1399,7 +1410,10 @@ def find_mark():
         files.append(Path(font.path))
         parts += [files[-1].name, font.kind]
     parts += [zlib.crc32(path.read_bytes()) for path in files]
-    return f"{zlib.crc32(repr(parts).encode()):08x}"
+    common, strokes = f"{zlib.crc32(repr(parts).encode()):08x}", ""
+    if strokes_path().exists():  # perhaps only later: no print is drawn again for it
+        strokes = f" {zlib.crc32(strokes_path().read_bytes()):08x}"
+    return {name: common + strokes * (STROKES in kinds_of(name)) for name in sources}
 
 
 def rows_of(chunk):
@@ -1431,14 +1445,11 @@ def draw_chunk(constants, chunk):
 
 def draw_all(counts):
     """Draw what is missing. Returns all chunks, and how many images were missing."""
-    chunks, common, folder = [], find_mark(), Path(DATASETS_DIR)
-    strokes = folder / "unipen" / "strokes.npz"  # which may be there only later
-    strokes = f" {zlib.crc32(strokes.read_bytes()):08x}" if strokes.exists() else ""
+    chunks, marks, folder = [], find_marks(counts), Path(DATASETS_DIR)
     for source, count in counts.items():
-        mark = common + strokes * (STROKES in kinds_of(source))
         for start in range(0, count, CHUNK):
             csv_path = folder / source / f"{start:05}.csv"
-            chunks.append(Chunk(source, start, min(CHUNK, count - start), mark, csv_path))
+            chunks.append(Chunk(source, start, min(CHUNK, count - start), marks[source], csv_path))
     missing = [chunk for chunk in chunks if rows_of(chunk) is None]
     for place in (folder, *(folder / source for source in counts)):
         for leftover in place.glob(".*.part"):  # of whole_file in a process that was killed

@@ -485,6 +485,11 @@ def calibrate(confidences, correct):
 
 
 # ---- Outputs: the model, the state to resume from, history.csv and training_curves.png
+def resume_path():
+    """Where the state after the last complete epoch is."""
+    return Path(MODEL_PATH).with_suffix(".resume.pth")
+
+
 def save_if_best(state, model, exact, cer, count, val_rows):
     """Save an epoch that reads the val rows at least as well as the best so far, or the start."""
     if exact < state["best"]:
@@ -512,7 +517,7 @@ def fingerprint(rows, steps):
 
 def load_state(expected, parts):
     """Put the parts back as they were saved. Returns the state, if its fingerprint is expected."""
-    path = Path(MODEL_PATH).with_suffix(".resume.pth")
+    path = resume_path()
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
         if saved["fingerprint"] != expected:
@@ -577,7 +582,7 @@ def end_epoch(state, net, parts, losses, started, val, count, epochs):
     state["history"].append(facts)
     save_if_best(state, model, exact, cer, count, len(val))
     saved = {name: part.state_dict() for name, part in dict(parts, net=net).items()}
-    crnn.save_tensors(Path(MODEL_PATH).with_suffix(".resume.pth"), state | saved)
+    crnn.save_tensors(resume_path(), state | saved)
     try:
         write_history(state["history"], curves=shown)
     except PermissionError as error:  # on Windows, while Excel has it open

@@ -222,9 +222,8 @@ def read_by_all(rows, passes=1, looks=("",)):
         tables, out = [], FOLDER / f"read by {name}.csv"
         command = [sys.executable, "tests/peers.py", name, FOLDER / "rows.csv", out, str(passes)]
         for look in looks:
-            pipes = dict(
-                env=dict(os.environ, PEERS_TALL=look, PEERS_MODEL=str(WEIGHTS)), capture_output=True
-            )
+            told = dict(os.environ, PEERS_TALL=look, PEERS_MODEL=str(WEIGHTS))
+            pipes = dict(env=told, capture_output=True)
             run = subprocess.run(command, cwd=ROOT, text=True, encoding="utf-8", **pipes)
             if run.returncode == 3:
                 print(f"{name}: {run.stdout.strip()}")
