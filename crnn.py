@@ -80,13 +80,13 @@ def run(main, *arguments):
     status = 1
     try:
         status = main(*arguments)
-        print(end="", flush=True)  # here, where it is seen that nobody listens
+        print(end="", flush=True)  # a closed pipe fails here and not at exit
         sys.exit(status)
     except InputError as error:
         sys.exit(str(error))
     except BrokenProcessPool:
         sys.exit("a worker process died, probably out of memory: lower NUM_WORKERS")
-    except BrokenPipeError:  # whoever was to read it has left, as head does
+    except BrokenPipeError:  # the program reading our output has quit, as head does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(status)
     except OSError as error:  # unreadable inputs are InputErrors already
@@ -161,8 +161,7 @@ def load_image(source, turns=0):
     torch has them, (3, H, W), of whole numbers 0 to 255, bool, or floats 0 to 1 or to 255.
     turns: quarter-turns to the left before. Returns a uint8 tensor (HEIGHT, W), 255 = paper,
     0 = the darkest ink. Keeps the aspect ratio, except that closer_view() stretches condensed text
-    and crops high margins.
-    Raises InputError, one line naming the image, when it cannot be read as a line of text.
+    and crops high margins. Raises InputError, one line naming the image, when it cannot be read.
     """
     name = str(source) if isinstance(source, PATHS) else f"a {type(source).__name__}"
     shown = name.encode(errors="backslashreplace").decode()
@@ -170,9 +169,10 @@ def load_image(source, turns=0):
         raise InputError(f"{shown}: a name that is not UTF-8, rename the file")
     try:
         with open_image(source) as image:
-            check_size(image)
+            if max(image.size) > MAX_ASPECT * min(image.size):  # before its pixels take memory
+                raise ValueError(f"{image.size}: too wide for a line of text, cut it into pieces")
             grey = to_grey(ImageOps.exif_transpose(image)).rotate(90 * turns, expand=True)
-            if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":  # a camera's: one photo
+            if not turns and getattr(image, "n_frames", 1) > 1 and image.format != "MPO":  # a photo
                 print(f"{name} has {image.n_frames} pages: the first is read", file=sys.stderr)
         check_lines(grey)
         first = scale(grey)  # as it is, to see how large its text is
@@ -211,9 +211,9 @@ def open_image(source):
         array = array.transpose(1, 2, 0)  # torch's (3, H, W) -> (H, W, 3)
     array = array[..., 0] if array.shape[2:] == (1,) else array  # (H, W, 1) -> (H, W)
     most = array.max(initial=0)
-    if array.min(initial=0) < -1:
+    if array.min(initial=0) < -0.1 * max(most, 1):  # less is overshoot, of floats that were resized
         raise ValueError("negative numbers: give 0 to 1, or 0 to 255")
-    if most <= (1.5 if array.dtype.kind == "f" else 1):  # floats overshoot where they were resized
+    if most <= (1.5 if array.dtype.kind == "f" else 1):
         array = array * 255.0
     if most > 255 and array.ndim == 2:  # 16-bit tones: to_grey() finds their range
         return Image.fromarray(array.astype(np.float32))
@@ -221,17 +221,9 @@ def open_image(source):
     return Image.fromarray(np.clip(array, 0, 255).astype(np.uint8))
 
 
-def check_size(image):
-    """Refuse what is no line, before its pixels are decoded and take memory."""
-    # The longer side either way: an image turned by its EXIF tag is tall until it is turned.
-    if max(image.size) > MAX_ASPECT * min(image.size):
-        size = "{} x {} pixels".format(*image.size)
-        raise ValueError(f"{size}: too wide for a line of text, cut it into pieces")
-
-
 def check_lines(grey):
     """Refuse a large picture of so many lines that it must be a page."""
-    if min(grey.size) > 1000:  # in smaller ones, 10 lines are dots, squares or stripes
+    if min(grey.size) > 1000:  # smaller than a page, ten "lines" are a pattern, not text
         small = np.asarray(grey.resize((200, 400), Image.Resampling.BOX))  # (400, 200)
         inked = (to_dark_on_light(small) < INK_TONE).mean(1) > 0.02  # (400,)
         lines = np.count_nonzero(inked[1:] > inked[:-1])
@@ -249,7 +241,7 @@ def to_grey(image):
         low = low if high - low > MIN_TONES / 255 * high else 0.0  # so blank paper stays blank
         tones = (tones.clip(low, high) - low) * (255 / max(high - low, 1e-9))
         return Image.fromarray(tones.astype(np.uint8))
-    if image.mode in ("LA", "PA", "RGBA", "La", "RGBa") or "transparency" in image.info:
+    if image.mode in ("LA", "PA", "RGBA", "RGBa") or "transparency" in image.info:
         rgba = image.convert("RGBA")
         grey = np.asarray(rgb_to_grey(rgba.convert("RGB")), dtype=np.float64)  # (H, W)
         alpha = np.asarray(rgba.getchannel("A")) / 255  # (H, W)
@@ -263,10 +255,10 @@ def rgb_to_grey(image):
     """RGB to mode L: luminance or, where that loses the contrast, the colour band with the most."""
     bands = [image.convert("L"), *image.split()]
     small = [np.asarray(b.reduce(max(1, b.height // HEIGHT)), np.float32) for b in bands]  # (H, W)
-    near = len(small[0]) // 4 + 1  # pixels apart that differ by strokes; farther ones by light, too
+    near = len(small[0]) // 4 + 1  # columns; pixels farther apart also differ by lighting
     contrasts = [np.square(band[:, near:] - band[:, :-near]).sum() for band in small]
     best = int(np.argmax(contrasts))
-    # Dark blue on cream has only 1.4 times the contrast in red: ask for twice, and no faint tint.
+    # Plain dark blue on cream gains 1.4 times in red, so ask for twice; and ignore faint tints.
     if contrasts[best] <= max(2 * contrasts[0], small[0].size * MIN_TONES**2 / 4):
         return bands[0]
     return ImageOps.autocontrast(bands[best])
@@ -313,9 +305,9 @@ def closer_view(image):
         return 0.0, 1.0, 1.0, SMOOTHING
     ink = ink[top:bottom]
     starts = np.count_nonzero(ink[:, 1:] > ink[:, :-1], axis=1) + ink[:, 0]  # of each row, (H,)
-    fullest = np.sort(starts)[-max(1, len(ink) // 3) :]  # a third of the rows crosses most strokes
+    fullest = np.sort(starts)[-max(1, len(ink) // 3) :]  # the third that crosses the most strokes
     strokes = float(fullest.mean())
-    if strokes < MIN_STROKES:  # its place and size tell a comma from a quote and c from C
+    if strokes < MIN_STROKES:  # do not crop: place and size tell a comma from a quote, c from C
         return 0.0, 1.0, 1.0, SMOOTHING * line
     columns = np.flatnonzero(ink.any(0))
     width = int(columns[-1] - columns[0]) + 1
@@ -324,7 +316,7 @@ def closer_view(image):
         middle, reach = (top + bottom) / 2 / HEIGHT, line / USUAL_LINE / 2
         first, last = max(0.0, middle - reach), min(1.0, middle + reach)
     stretch = min(max(USUAL_PITCH * strokes * (last - first) / width, 1.0), 1.5)
-    stretch = stretch if stretch > 1.05 else 1.0  # a few columns would only blur
+    stretch = stretch if stretch > 1.05 else 1.0  # resampling for so little would only blur
     return first, last, stretch, SMOOTHING * line / (last - first)
 
 
@@ -396,7 +388,7 @@ class Block(nn.Module):
         padding = (rows // 2, 1)
         self.convolution = nn.Conv2d(features, features, (rows, 3), padding=padding, bias=False)
         self.norm = nn.BatchNorm2d(features)
-        nn.init.zeros_(self.norm.weight)  # a new block changes nothing
+        nn.init.zeros_(self.norm.weight)  # a new block starts as the identity
 
     def forward(self, x):
         return F.relu(x + self.norm(self.convolution(x)))  # the shape of x
@@ -406,7 +398,7 @@ class CRNN(nn.Module):
     """CNN, bidirectional LSTM and a linear layer, after Shi et al. 2015 (arXiv:1507.05717).
 
     Leaner than theirs: strided convolutions instead of pooling, one LSTM layer. Residual blocks, if
-    any, are at 8 rows, at 4 rows (row_blocks) and where the height is gone (blocks). The model owns
+    any, are at 8 rows, at 4 rows (row_blocks) and where one row is left (blocks). The model owns
     its charset, calibration (slope and offset, see calibrated) and facts: plain values about its
     training.
     """
@@ -462,7 +454,7 @@ def folded(model):
 
 
 def usable_device(name):
-    """The torch.device of that name. InputError: there is none here."""
+    """The torch.device of that name. InputError if this machine has none."""
     try:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
@@ -470,13 +462,13 @@ def usable_device(name):
 
 
 def compute_dtype(device_type, precision=None):
-    """The dtype of that name; None: bfloat16 where it is native, else float16 (CUDA) or float32."""
+    """The dtype of that name; None: bfloat16 where it is native, else float32."""
     if precision:
-        if precision not in ("bfloat16", "float16", "float32"):
-            raise InputError(f"PRECISION = {precision!r}: set bfloat16, float16, float32 or None")
+        if precision not in ("bfloat16", "float32"):
+            raise InputError(f"PRECISION = {precision!r}: set bfloat16, float32 or None")
         return getattr(torch, precision)
     if device_type == "cuda":
-        return torch.bfloat16 if torch.cuda.get_device_capability() >= (8, 0) else torch.float16
+        return torch.bfloat16 if torch.cuda.get_device_capability() >= (8, 0) else torch.float32
     can = getattr(torch.cpu, "get_capabilities", dict)() if device_type == "cpu" else {}
     return torch.bfloat16 if can.get("avx512_bf16") or can.get("amx_bf16") else torch.float32
 
@@ -551,7 +543,7 @@ def extents(peaks, width):
     if not between:
         return [0.0] * len(centres), [1.0] * len(centres)
     first, last = 2 * centres[0] - between[0], 2 * centres[-1] - between[-1]
-    if len(between) > 1 and peaks[0] == 0:  # written at once, however far it stands from the edge
+    if len(between) > 1 and peaks[0] == 0:  # emitted at once, though its ink may come later
         between[0] = max(between[0], 2 * centres[1] - between[1])
     return [max(0.0, first), *between], [*between, min(1.0, last)]
 
@@ -587,10 +579,10 @@ def calibrated(confidence, calibration):
 class Known(NamedTuple):
     """What an image can show."""
 
-    # (C,): for each class, the class that gets its probability, C: none; None: each keeps its own
+    # (C,): where each class's probability goes, C for nowhere; None: all characters are allowed
     taken_for: torch.Tensor | None = None
     lexicon: tuple = ()  # the texts it can show; none: any
-    lowered: tuple = ()  # the same in small letters
+    lowered: tuple = ()  # the same in lower case
 
 
 def know(charset, allowed=None, lexicon=None):
@@ -604,7 +596,7 @@ def know(charset, allowed=None, lexicon=None):
     if unknown := charset.unknown(allowed):
         raise InputError(f"ALLOWED has {unknown[0]}, which the model does not know: take it out")
     taken_for = None
-    if allowed:
+    if allowed.strip():
         kept, nothing = {c: charset.index[c] for c in allowed}, charset.num_classes
         classes = [kept.get(c, kept.get(c.swapcase(), nothing)) for c in charset.characters]
         taken_for = torch.tensor([BLANK, *classes])  # (C,)
@@ -620,7 +612,7 @@ def know(charset, allowed=None, lexicon=None):
         print(f"LEXICON: {left_out:,} texts are left out in all", file=sys.stderr)
     texts = tuple(text for text in texts if not other[text])
     if not texts:
-        raise InputError("LEXICON has no text that can be read, see above: give it one per line")
+        raise InputError("LEXICON has no text with only known characters: give it one per line")
     return Known(taken_for, texts, tuple(map(str.lower, texts)))
 
 
@@ -634,7 +626,8 @@ def read_lexicon(lexicon):
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(f"LEXICON: {lexicon} is not a text file in UTF-8 ({error})") from None
     texts = [] if isinstance(lexicon, CONTENTS) else list(lexicon)  # an iterator is read once
-    if isinstance(lexicon, CONTENTS) or not all(isinstance(text, (str, int)) for text in texts):
+    kinds = str, int, np.integer
+    if isinstance(lexicon, CONTENTS) or not all(isinstance(text, kinds) for text in texts):
         raise InputError("LEXICON must be a file with a text per line, or a list of texts")
     texts = [normalize("NFC", re.sub(SPACES, " ", str(text))).strip() for text in texts]
     return list(dict.fromkeys(filter(None, texts)))
@@ -651,11 +644,11 @@ def find_in_lexicon(looks, charset, reading, known):
     texts = [known.lexicon[i] for i in places]
     targets = [charset.encode(text) for text in (*texts, reading.text)]
     any_case = [look._replace(log_probs=add_cases(look.log_probs, charset)) for look in looks]
-    # One class for both cases: in Aaron a blank is needed between the first two, or Aron is as good
+    # Both cases as one class, so that Aaron needs a blank between its As; else Aron fits as well
     one_case = [[min(c, charset.other_case[c]) for c in target] for target in targets[:-1]]
     scores = mean_log_probability(any_case, one_case)  # (texts,)
     if any(frames_needed(a) > frames_needed(b) for a, b in zip(one_case, targets)):
-        scores = scores.maximum(mean_log_probability(looks, targets[:-1]))  # A and a, none between
+        scores = scores.maximum(mean_log_probability(looks, targets[:-1]))  # Aa without a blank
     if len(set(lowered)) < len(lowered):  # a text's share among its twins, as they are written
         twins = torch.tensor([[a == b for b in lowered] for a in lowered])  # (texts, texts)
         as_written = mean_log_probability(looks, targets[:-1]).where(twins, -math.inf)
@@ -663,13 +656,20 @@ def find_in_lexicon(looks, charset, reading, known):
     best = int(scores.argmax())
     if scores[best] == -math.inf:  # all are too long
         return reading._replace(text="", confidence=0.0, characters=[], unrestricted=reading.text)
-    # What was read is one more text, unless the lexicon has it: an image may show something else.
+    # The text read without the lexicon competes too, unless it is in it: the image may show that.
     doubt = DOUBT * max(1, min(len(texts[best]), len(reading.text))) if distances[0] else math.inf
     other = mean_log_probability(looks, targets[-1:]) - doubt  # (1,)
     confidence = float(torch.cat([scores, other]).softmax(0)[best])
-    peaks = align(any_case[0].log_probs, targets[best])
-    details = targets[best], peaks, looks[0].width, confidence
-    return make_reading(charset, looks[0].log_probs, *details)._replace(unrestricted=reading.text)
+    found = read_as(charset, any_case[0], targets[best], confidence)
+    return found._replace(unrestricted=reading.text)
+
+
+def read_as(charset, look, target, confidence):
+    """The Reading that a Look of any case gives if it shows a target."""
+    peaks = align(look.log_probs, target)
+    log_probs = F.pad(look.log_probs, (0, 1))  # (T, C + 1)
+    log_probs[peaks, [charset.other_case[c] for c in target]] = -math.inf  # no alternative
+    return make_reading(charset, log_probs[:, :-1], target, peaks, look.width, confidence)
 
 
 def add_cases(log_probs, charset):
@@ -719,7 +719,7 @@ def read_images(model, images, batch_size, known=None):
 
 
 def is_unsure(image, reading):
-    """Whether to look again: also if ink reads as nothing, like heavy letters taken for shade."""
+    """Whether to look again: unsure, or ink but no text, as with very bold letters."""
     return reading.confidence < SECOND_LOOK or (not reading.text and (image < INK_TONE).any())
 
 
@@ -756,14 +756,14 @@ def choose_reading(model, image, looks, known):
         scores = mean_log_probability(looks, targets)  # (looks,)
         best = int(scores.argmax())
         reading = looks[best].reading._replace(confidence=min(1.0, float(scores[best].exp())))
-    in_parts = reading.text and set(reading.text) <= set("=:;÷")  # one above the other
+    in_parts = reading.text and set(reading.text) <= set("=:;÷")  # their parts look like two lines
     several = not in_parts and count_lines(image) > 1
-    if known.lexicon and (reading.text or (image < INK_TONE).any()):  # on blank paper, no text
-        found = find_in_lexicon(looks, model.charset, reading, known)
-        return found._replace(confidence=0.0) if several else found  # else a share among texts
     from_edge_to_edge = (image[:, [0, -1]] < INK_TONE).any(0).all()
     if set(reading.text) <= {"_", " "} and from_edge_to_edge:  # a ruled line
         reading = reading._replace(text="", characters=[])
+    if known.lexicon and (reading.text or looks_written(image)):  # on blank paper, no text
+        found = find_in_lexicon(looks, model.charset, reading, known)
+        return found._replace(confidence=0.0) if several else found  # relative to the other texts
     if several or not reading.text and looks_written(image):
         return reading._replace(confidence=0.0)
     return reading._replace(confidence=calibrated(reading.confidence, model.calibration))
@@ -787,11 +787,11 @@ def looks_written(image):
     strokes = np.count_nonzero(ink[:, 1:] > ink[:, :-1], axis=1)  # (HEIGHT,)
     beside = (strokes > 2).mean() > 0.25  # a box has two upright edges
     above = ink.shape[1] < HEIGHT / 2 and ink.mean() > 0.1
-    return bool((beside or above) and ink.mean() < 0.4)  # more is the grain of empty paper
+    return bool((beside or above) and ink.mean() < 0.4)  # denser "ink" is the grain of paper
 
 
 def invert(image):
-    """An image as the other polarity, where so much is ink that it may be the paper; else None."""
+    """The image inverted, if it has so much ink that the ink may be the paper; else None."""
     return 255 - image if (image < 128).float().mean() > 0.2 else None  # most text has less
 
 
@@ -823,7 +823,7 @@ def lean(image, slant):
 
 
 # The other ways; what each gains is in tests/results.csv
-SECOND_LOOKS = [invert, shrink, partial(resize, stretch=0.8)]
+SECOND_LOOKS = [invert, shrink, partial(resize, stretch=0.8), partial(resize, stretch=1.2)]
 SECOND_LOOKS += [partial(lean, slant=-0.2), partial(lean, slant=0.2)]
 
 
@@ -853,7 +853,7 @@ def whole_file(path):
 
 
 def check_output(path, constant):
-    """Fail now, not after the work, if path cannot be written. InputError: it names no file."""
+    """Fail now, not after the work, if path cannot be written. InputError if it names no file."""
     if not Path(path or "").name or Path(path).is_dir():
         raise InputError(f"{constant} = {path!r} is no file: give it the name of one")
     Path(path).parent.mkdir(parents=True, exist_ok=True)
@@ -927,12 +927,9 @@ def read_csv(csv_path):
     except FileNotFoundError:
         remedy = "check the path, or run python prepare_ocr_dataset.py for datasets/data.csv"
         raise InputError(f"no {csv_path}: {remedy}") from None
-    except pd.errors.ParserError as error:
-        reason = f"cannot be read ({str(error).strip()})".replace("\n", " ")
-        raise InputError(f"{csv_path} {reason}: put quotes around fields with a comma") from None
-    except (ValueError, OSError) as error:  # pandas' other errors are ValueErrors
-        reason = str(error).strip().replace("\n", " ")
-        raise InputError(f"{csv_path} cannot be read: write it as UTF-8 csv ({reason})") from None
+    except (ValueError, OSError) as error:  # pandas' own errors are ValueErrors
+        reason = " ".join(f"cannot be read ({error})".split())
+        raise InputError(f"{csv_path} {reason}: write UTF-8, quote fields with a comma") from None
     if not isinstance(rows.index, pd.RangeIndex):  # pandas has made the first field an index
         raise InputError(f"{csv_path} has too many fields in a line: quote labels with commas")
     return rows.rename(columns=lambda name: name.strip().lower())
@@ -951,9 +948,10 @@ def read_labels(csv_path):
             wanted = "its first line must be image_path,label with a comma"
             found = f"(found: {','.join(rows.columns)})"
             raise InputError(f"{csv_path} has no column {column}: {wanted} {found}")
+    rows = rows.fillna("")  # a line with too few fields leaves NaN behind
+    rows = rows[(rows != "").any(axis=1)].reset_index(drop=True)  # without Excel's empty lines
     if rows.empty:
         raise InputError(f"{csv_path} has no rows: add lines of image_path,label")
-    rows = rows.fillna("")  # a line with too few fields leaves NaN behind
     return rows.assign(label=clean(rows.label, csv_path))
 
 
@@ -1021,7 +1019,7 @@ def score_table(rows, by="source"):
         sums = pd.concat([sums, sums.sum().to_frame("all").T])
     # Sums first and one division at the end: a mean of means would weigh small groups too much.
     sums["exact"] /= sums.images
-    # What a bootstrap over the images comes to, Wilson's way (1927), which holds near 0 and 1 too
+    # Wilson's interval (1927): agrees with a bootstrap over the images, and holds near 0 and 1
     n, z = sums.images, 1.96
     sums["±"] = z * (sums.exact * (1 - sums.exact) / n + (z / n / 2) ** 2) ** 0.5 / (1 + z * z / n)
     sums["CER"] = sums.edits / sums.characters.clip(lower=1)
@@ -1035,7 +1033,7 @@ def format_score_table(table):
 
 
 def calibration_error(confidences, correct, bins=15):
-    """Expected calibration error (Guo et al. 2017): the gap of confidence and share of right."""
+    """Expected calibration error (Guo et al. 2017): the mean gap of confidence and accuracy."""
     confidences, correct = np.array(confidences), np.array(correct, dtype=float)
     places = np.minimum((confidences * bins).astype(int), bins - 1)
     gaps = np.bincount(places, confidences - correct)

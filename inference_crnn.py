@@ -27,14 +27,13 @@ from typing import NamedTuple
 import torch
 from PIL import Image, ImageOps
 from rapidfuzz.distance import Levenshtein
-from tqdm.contrib.concurrent import thread_map
 
 import crnn
 from crnn import InputError, load_checkpoint, whole_file
 
 # --------------------------------------------------------------------------------------------------
 MODEL_PATH = "ocr_crnn_model/crnn.pth"  # checkpoint of train_crnn.py; it holds its charset
-PRETRAINED = "ocr_crnn_model/pretrained.pth"  # the bundled weights, read with if there is none
+PRETRAINED = "ocr_crnn_model/pretrained.pth"  # the bundled weights, used if there is no MODEL_PATH
 DATA_CSV = "datasets/data.csv"  # its test rows are read when no paths are given
 NUM_SAMPLES = 20  # how many of them, evenly spread
 BATCH_SIZE = 48  # images per pass through the network
@@ -68,7 +67,7 @@ def model_path():
 
 
 def describe_weights(facts):
-    """Which weights read, how well they read their validation rows, and how to read with better."""
+    """Which weights are used, how well they read their validation rows, and how to use better."""
     line = f"reading with {model_path().as_posix()}"
     if "val_exact" in facts:
         number = f"{facts['val_rows']:,} " if "val_rows" in facts else ""
@@ -110,7 +109,8 @@ def recognize(images, model=None, allowed=None, lexicon=None):
     if is_single(images):
         images = [images]
     elif not isinstance(images, (list, tuple)):
-        images = map(snapshot, images)
+        # At once, as an iterator may change and yield one object again and again
+        images = (image if isinstance(image, crnn.PATHS) else load(image) for image in images)
     if not isinstance(model, crnn.CRNN):
         model = load_checkpoint(model or model_path(), DEVICE)
     if model.training:
@@ -119,14 +119,6 @@ def recognize(images, model=None, allowed=None, lexicon=None):
     lexicon = LEXICON if lexicon is None else lexicon
     known = crnn.know(model.charset, allowed, lexicon)
     return list(read_each(images, model, itertools.repeat(known)))
-
-
-def snapshot(image):
-    """A copy of an image, as an iterator may change and yield one object again and again."""
-    if hasattr(image, "copy") and not isinstance(image, crnn.PATHS):  # some paths copy their files
-        with suppress(Exception):  # damaged, see crnn.load_image, which says so
-            return image.copy()
-    return image
 
 
 def is_single(images):
@@ -147,22 +139,32 @@ def read_each(images, model, known):
         yield from read_chunk(*zip(*chunk), model)
 
 
+def load(image):
+    """([image as load_image returns it, its quarter-turns if it is narrow], None) or ([], why not).
+
+    What is loaded already comes back as it is.
+    """
+    if isinstance(image, tuple):
+        return image
+    seen, reason = crnn.try_load(image)
+    narrow = seen is not None and seen.shape[1] <= crnn.HEIGHT / 2
+    turned = [crnn.try_load(image, turns)[0] for turns in (1, 3)] if narrow else []
+    return [view for view in (seen, *turned) if view is not None], reason
+
+
 def read_chunk(images, known, model):
     """The Readings of images, None for one that cannot be read. known: see crnn.read_images."""
-    # Pillow works outside of Python's lock
+    # Threads are enough: Pillow releases the GIL
     with ThreadPoolExecutor(max(1, NUM_THREADS)) as threads:
-        loaded = list(threads.map(crnn.try_load, images))
-    there = [i for i, (image, _) in enumerate(loaded) if image is not None]
-    pixels, kinds = [loaded[i][0] for i in there], [known[i] for i in there]
+        loaded = list(threads.map(load, images))
+    there = [i for i, (views, _) in enumerate(loaded) if views]
+    pixels, kinds = [loaded[i][0][0] for i in there], [known[i] for i in there]
     readings = dict(zip(there, crnn.read_images(model, pixels, max(1, BATCH_SIZE), kinds)))
-    narrow = [i for i, image in zip(there, pixels) if image.shape[1] <= crnn.HEIGHT / 2]
-    narrow = [i for i in narrow if readings[i].confidence < SURE]
-    # Try both quarter-turns; trust three characters or more: a lone I would be a dash
-    turned = [(i, crnn.try_load(images[i], turns)[0]) for i in narrow for turns in (1, 3)]
-    turned = [(i, view) for i, view in turned if view is not None]  # of a stream: read once
+    unsure = [i for i in there if readings[i].confidence < SURE]
+    turned = [(i, view) for i in unsure for view in loaded[i][0][1:]]
     views, kinds = [view for _, view in turned], [known[i] for i, _ in turned]
     others = crnn.read_images(model, views, max(1, BATCH_SIZE), kinds)
-    for (i, _), other in zip(turned, others):
+    for (i, _), other in zip(turned, others):  # three characters or more: a lone I would be a dash
         if len(other.text) > 2 and other.confidence > readings[i].confidence:
             readings[i] = other
     for _, reason in loaded:
@@ -195,18 +197,19 @@ def list_csv(path):
 def list_samples(arguments):
     """A Sample for every image that the arguments name."""
     samples, kinds = [], Image.registered_extensions()  # by suffix; PDF is not in Image.OPEN
-    # On Windows, *.png comes as it is
+    # The shell of Windows does not expand *.png
     named = [[a] if os.path.exists(a) else sorted(glob(a)) or [a] for a in map(str, arguments)]
     for path in map(Path, itertools.chain(*named)):
         if os.path.isdir(path):
-            # Not what is hidden, such as a Mac's ._ files: * stands for no dot at the beginning
+            # Without hidden files, such as a Mac's ._ files: * does not match a leading dot
             names = glob("**/*", root_dir=path, recursive=True)
             files = {path / name for name in names if os.path.isfile(path / name)}
             images = {file for file in files if kinds.get(file.suffix.lower()) in Image.OPEN}
             samples += map(Sample, sorted(images))
             if others := sorted(files - images):
                 such = ", ".join(file.name for file in others[:3])
-                print(f"{path}: {len(others):,} files that are no images, such as {such}")
+                reason = f"{len(others):,} in no format that Pillow reads, such as {such}"
+                print(f"{path}: {reason}", file=sys.stderr)
         elif path.suffix.lower() == ".csv":
             samples += list_csv(path)
         else:
@@ -245,7 +248,7 @@ def show(sample, reading):
 
 
 def know_each(samples, charset):
-    """The crnn.Known of each of samples: the fields of a form are of few kinds."""
+    """The crnn.Known of each sample, made once for each kind: a form's fields are of few kinds."""
     known = {("", ""): crnn.know(charset, ALLOWED, LEXICON)}
     for path, *_, allowed, lexicon in samples:
         if (allowed, lexicon) in known:
@@ -284,25 +287,21 @@ def read_all(samples, model):
             # Characters as such would take gigabytes for 100,000 images.
             others = ["".join(other for other, _ in c.alternatives) for c in reading.characters]
             rows.append([*row, others])
+        if not rows:  # perhaps a mistyped path: what an earlier run has read stays
+            raise InputError("no image could be read, see above: nothing was written")
     return pd.DataFrame(rows, columns=[*COLUMNS, "others"])
 
 
-def modified(path):
-    """When a file was last written, None if there is none."""
-    return os.stat(path).st_mtime_ns if os.path.exists(path) else None
-
-
-def write_predictions(rows, former):
-    """Write PREDICTIONS_CSV or, where another run has written it since former, one beside it."""
-    free = (name for name in numbered(PREDICTIONS_CSV) if not os.path.exists(name))
-    path = PREDICTIONS_CSV if modified(PREDICTIONS_CSV) == former else next(free)
+def write_predictions(rows):
+    """Write PREDICTIONS_CSV or, where that cannot be replaced, one beside it. Returns its path."""
     table = rows[COLUMNS].assign(confidence=rows.confidence.map("{:.4f}".format))
     try:
-        crnn.write_labels(table, path, "utf-8-sig")  # or Excel shows é as Ã©
-    except PermissionError:  # on Windows nobody may replace a file that Excel has open
-        path = next(free)
+        crnn.write_labels(table, PREDICTIONS_CSV, "utf-8-sig")  # or Excel shows é as Ã©
+    except PermissionError:  # on Windows, while Excel has it open
+        path = free_name(PREDICTIONS_CSV)
         crnn.write_labels(table, path, "utf-8-sig")
-    return path
+        return path
+    return PREDICTIONS_CSV
 
 
 # ---- Pages
@@ -315,10 +314,11 @@ def write_page(name, template, content):
     return path
 
 
-def numbered(name):
-    """The names labels.csv, labels_2.csv, labels_3.csv, ... for labels.csv, without end."""
-    stem, suffix = os.path.splitext(name)
-    return (name if i == 1 else f"{stem}_{i}{suffix}" for i in itertools.count(1))
+def free_name(path):
+    """The first of labels.csv, labels_2.csv, labels_3.csv, ... that is not there yet."""
+    stem, suffix = os.path.splitext(path)
+    names = (f"{stem}_{i}{suffix}" for i in itertools.count(2))
+    return next(name for name in itertools.chain([str(path)], names) if not os.path.exists(name))
 
 
 def thumbnail(path):
@@ -347,14 +347,15 @@ def write_check(rows):
     except ValueError:
         remedy = "read each drive in a run of its own to correct them on a page"
         raise InputError(f"the images are on two drives: {remedy}") from None
-    file = next(file for file in numbered("labels.csv") if not (folder / file).exists())
-    bar = dict(desc="check.html", unit="img", disable=None)
-    images = thread_map(thumbnail, rows.image_path, max_workers=max(1, NUM_THREADS), **bar)
+    file = os.path.basename(free_name(folder / "labels.csv"))
+    with ThreadPoolExecutor(max(1, NUM_THREADS)) as threads:
+        thumbnails = threads.map(thumbnail, rows.image_path)
+        images = list(crnn.progress(thumbnails, desc="check.html", total=len(rows)))
     paths = [Path(os.path.relpath(path, folder)).as_posix() for path in rows.image_path]
     rows = rows.assign(path=paths, text=rows.prediction, image=images).round({"confidence": 2})
     rows = rows[["path", "text", "confidence", "unrestricted", "others", "image"]]
-    job = dict(folder=folder.as_posix(), file=file, rows=rows.to_dict("records"))
-    content = json.dumps(job, ensure_ascii=False).replace("<", "\\u003c")  # no tag ends the script
+    job = dict(folder=folder.as_posix().rstrip("/"), file=file, rows=rows.to_dict("records"))
+    content = json.dumps(job, ensure_ascii=False).replace("<", "\\u003c")  # no </script> within it
     return write_page("check.html", "check.html", content)
 
 
@@ -419,15 +420,13 @@ def main(arguments=()):
     crnn.check_output(PREDICTIONS_CSV, "PREDICTIONS_CSV")
     if PREDICTIONS_JSONL:
         crnn.check_output(PREDICTIONS_JSONL, "PREDICTIONS_JSONL")
-    former = modified(PREDICTIONS_CSV)
     model = load_checkpoint(model_path(), DEVICE)
     print(describe_weights(model.facts))
     if ONNX_PATH:
         export_onnx(ONNX_PATH, load_checkpoint(model_path()))
     samples = list_samples(arguments) if arguments else pick_test_rows()
     rows = read_all(samples, model)
-    # Nothing read, perhaps a mistyped path: what an earlier run has read stays
-    path = write_predictions(rows, former) if len(rows) else "not written, since there are none"
+    path = write_predictions(rows)
     labelled, bare = rows[rows.label != ""], rows[rows.label == ""].drop_duplicates("image_path")
     lines = []  # printed at the end, where nobody may be listening any more
     if len(labelled):
@@ -437,9 +436,9 @@ def main(arguments=()):
         if REPORT_DIR:
             lines.append(f"report: {write_report(labelled).as_posix()}")
     if len(bare) and REPORT_DIR:
-        some = "the readings" if len(bare) <= CHECKED_AT_ONCE else "the least sure readings"
         try:
-            lines.append(f"to correct {some}, open {write_check(bare).as_posix()} in a browser")
+            page = write_check(bare).as_posix()
+            lines.append(f"to correct the readings, open {page} in a browser")
         except InputError as error:
             lines.append(str(error))
     unsure, skipped = (rows.confidence < MIN_CONFIDENCE).sum(), len(samples) - len(rows)

@@ -89,7 +89,7 @@ DIGITS = string.digits
 ALPHANUMERIC = DIGITS + string.ascii_uppercase + string.ascii_lowercase  # as EMNIST's labels are
 MATH_SIGNS = "×÷±√π≤≥≠"  # drawn in expressions only
 SPLITS = "train", "val", "test"
-CYCLE = 20  # of so many images one is for validation and one for the test
+CYCLE = 20  # one image in so many is for validation, and one for the test
 
 
 # ---- Chance. All of it is Python's own, from which TRDG draws too, and is seeded for each image.
@@ -98,7 +98,7 @@ def chance(share):
 
 
 def generator():
-    """A generator of arrays, seeded by the image's own chance."""
+    """A numpy generator, seeded from Python's random."""
     return np.random.default_rng(random.getrandbits(63))
 
 
@@ -115,8 +115,6 @@ def clouds(shape, patches):
 
 
 # ---- Words. A word's letters decide its split: no test word is trained on, in capitals or not.
-
-
 @cache
 def find_words():
     """Split -> its words: of TRDG's dictionary, and those people use, the most frequent first."""
@@ -147,7 +145,7 @@ def pick_word(split):
 
 
 def invent(split, endings=()):
-    """Halves of two words, or one and an ending, as most names are to a new reader."""
+    """Halves of two words, or half of one and an ending: like most names, new to the reader."""
     while True:
         a, b = (word.lower() for word in random.choices(find_words()[split][0], k=2))
         word = a[: len(a) // 2 + 1] + (choice(endings) if endings else b[len(b) // 2 :])
@@ -226,11 +224,11 @@ def acceptable(label):
     return fits and set(label) <= set(CHARSET) and not AMBIGUOUS.search(label)
 
 
-# ---- Fonts. A font is only asked for what it draws, and draws unlike everything else.
+# ---- Fonts. A font draws only characters it has, and only those it draws unlike all its others.
 # Pairs that many fonts draw alike, and the overlap above which nobody tells them apart, found by
 # looking at the fonts around it
 SAME_FROM = {"O0": 0.75, "Il": 0.72, "I|": 0.72, "l|": 0.72, "1l": 0.72, "1I": 0.72}
-SPACES = [1.7] * 9 + [6]  # the widest, in the font's own; one line in ten has columns far apart
+SPACES = [1.7] * 9 + [6]  # the widest space, in the font's spaces; one line in ten has columns
 
 
 class Font(NamedTuple):
@@ -273,7 +271,7 @@ def find_fonts():
 
 
 def survey_font(path, kind, charset):
-    """A Font with the characters whose label an image in it can bear. OSError: no usable font."""
+    """A Font with the characters it draws legibly. OSError: not a usable font."""
     face, smallest = typeface(path, 40), typeface(path, 20)
     family = ((face.getname()[0] or "").split() or [Path(path).stem])[0].lower()
     characters = distinct_characters(face, charset)
@@ -370,7 +368,7 @@ def typeset(text, font):
 
 
 def line_box(canvas, top, bottom, margin):
-    """A line's rows of a uint8 canvas, more where ink reaches beyond, as ink (H, W)."""
+    """Crop a uint8 canvas to a line, and further out where ink goes beyond it: ink (H, W)."""
     first, last, left, right = ink_box(canvas)
     top, bottom = min(top, first or top), max(bottom, last + 1)
     part = canvas[top:bottom, max(0, left - margin) : right + 1 + margin]
@@ -415,7 +413,7 @@ def typeset_by_trdg(text, font):
     return None if cut else ink
 
 
-# ---- EMNIST: single handwritten characters, the pieces of hands that need not be one person's
+# ---- EMNIST: single handwritten characters; who wrote them is not known
 @contextlib.contextmanager
 def downloading(what, remedy):
     """Give up on a silent server, and turn a failure into one line: the run goes on without."""
@@ -430,8 +428,8 @@ def downloading(what, remedy):
 
 
 @cache
-def emnist_is_there():
-    """Whether the EMNIST files are there, if need be after a download."""
+def fetch_emnist():
+    """Whether the EMNIST files are there; downloads them if need be."""
     from torchvision import datasets
 
     files = "emnist-byclass-{train,test}-{images-idx3,labels-idx1}-ubyte"
@@ -467,16 +465,13 @@ MISCOUNTED = {"lou"}  # contributors who count components otherwise: their words
 PER_CHARACTER, PER_TEXT = 8, 2  # samples kept of one character, one word or text, of one writer
 LONGEST = 40  # characters in a text; longer ones run over several lines
 STROKES_HEIGHT = 128  # a writer's median character becomes so high, and so does the median word
-LATER_IN_PIECES = set("$%*")  # which an older script took, whose strokes may still be there
-IN_PIECES = (
-    set('+=:;"#!?') | LATER_IN_PIECES
-)  # a single stroke with such a label is only a piece of the sign
+IN_PIECES = set('+=:;"#!?$%*')  # a single stroke with such a label is only a piece of the sign
 TOLERANCE = 1.3  # how far a simplified line may lie from the written one, in the same unit
 
 # All steps between points (points, 2), and of each sample where its points begin, how many each of
 # its strokes has, its writer (contributor/name), and its label
 Samples = namedtuple("Samples", "steps points strokes writers labels")
-# One of these on its way there: its strokes (points, 2) each, y down
+# A sample before it is packed: its strokes (points, 2) each, y down
 Written = namedtuple("Written", "strokes label writer")
 
 
@@ -486,8 +481,8 @@ def strokes_path():
 
 
 @cache
-def unipen_is_there():
-    """Whether UNIPEN's strokes are there, if need be after they were fetched and parsed."""
+def fetch_unipen():
+    """Whether UNIPEN's strokes are there; downloads and parses them if need be."""
     strokes, page = strokes_path(), UNIPEN_RECORD.replace("/api", "")
     folder = strokes.parent
     if not strokes.exists():
@@ -514,9 +509,9 @@ def download_unipen(folder):
 def parse_unipen(root, target):
     """Parse the files of root's data/ and include/ into one compact one; say what was skipped."""
     contributors = sorted({path.name for path in root.glob("data/*/*")} - MISCOUNTED)
-    look = dict(desc="reading UNIPEN", chunksize=1, disable=None)  # None: no bar in a log file
+    bar = dict(desc="reading UNIPEN", chunksize=1, disable=None)  # None: no bar in a log file
     workers = max(1, NUM_WORKERS)
-    parts = process_map(partial(parse, root), contributors, max_workers=workers, **look)
+    parts = process_map(partial(parse, root), contributors, max_workers=workers, **bar)
     samples = [sample for part, _ in parts for sample in part]
     if not samples:
         raise InputError(f"no pen strokes can be read in {root}")
@@ -589,7 +584,7 @@ def read_samples(path, root, skipped):
         # \@ marks what is crossed out, @_ what is no text, a leading @ a remark.
         bad = quality == "BAD" or r"\@" in label or "@_" in label or label.startswith("@ ")
         label = re.sub(r"\\(.)", r"\1", label)
-        # Characters that are words or texts as well have lost their size there.
+        # Single characters come from category 1 alone: as words they have lost their size.
         if bad or len(label) > LONGEST or (len(label) == 1) != file.startswith("1"):
             continue
         try:
@@ -625,18 +620,18 @@ def choose(samples, skipped):
             skipped["more of the same"] += 1
         elif not believable(strokes, label):
             skipped["unlike their label"] += 1
-        else:  # as few whole points, from (0, 0) on
+        else:  # simplified to few points, rounded, starting from (0, 0)
             low = np.concatenate(strokes).min(0)
             lines = [cv2.approxPolyDP((s - low)[:, None], TOLERANCE, False) for s in strokes]
             yield sample._replace(strokes=[np.int32(np.round(line[:, 0])) for line in lines])
 
 
 def believable(strokes, label):
-    """Whether ink can be its label: no trailing pen, and of a text one line, with its gaps."""
+    """Whether ink can be its label: no stray stroke, and a text on one line, with its spaces."""
     width, height = np.ptp(np.concatenate(strokes), axis=0)
     if label in IN_PIECES and len(strokes) == 1:
         return False
-    if len(label) == 1:  # signs may be far larger than the median of people who wrote mostly dots
+    if len(label) == 1:  # people who wrote mostly dots have a tiny median, hence huge signs
         compact = height < 330 and width < 2.5 * height
         return compact if label.isalnum() else max(width, height) < 100 * STROKES_HEIGHT
     if height > 330 or not max(14, 0.15 * height) < width / len(label) < 330:
@@ -672,9 +667,7 @@ def people(split):
     for number, (writer, label) in enumerate(zip(samples.writers, samples.labels)):
         if split_of(writer.split("/")[-1]) != split:  # a person's, whoever collected the writing
             continue
-        if label in LATER_IN_PIECES and len(samples.strokes[number]) == 1:
-            continue
-        # Held-out words stay so, in whoever's hand.
+        # Held-out words are never trained on, whoever wrote them.
         words = re.findall("[A-Za-z]{2,}", label) if split == "train" else []
         if len(label) == 1:
             writers.setdefault(writer, {}).setdefault(label, []).append(number)
@@ -719,7 +712,7 @@ def put_together(c, writers):
         part = choice([part for part in parts if part in writer])
         if c == "√" and sign:  # the bar begins at the tip of the right arm, mostly
             box[:2] = np.divide(max(sign[-1].tolist()), STROKES_HEIGHT)
-        strokes = fit(strokes_of(choice(writer[part])), *box)  # (points, 2) each
+        strokes = fit_in_box(strokes_of(choice(writer[part])), *box)  # (points, 2) each
         if c == "√" and not sign:  # the left arm is only begun
             arm, low = strokes[0], strokes[0][:, 1].argmax()
             arm[:low, 1] = arm[low, 1] - uniform(0.2, 0.6) * (arm[low, 1] - arm[:low, 1])
@@ -732,8 +725,8 @@ def put_together(c, writers):
     return sign or None
 
 
-def fit(strokes, left, top, width, height):
-    """Strokes in a box, 128 to its unit, give or take what people do."""
+def fit_in_box(strokes, left, top, width, height):
+    """Scale strokes to a box (1 is STROKES_HEIGHT), with the variation of a human hand."""
     every = np.concatenate(strokes)
     low, size = every.min(0), np.maximum(np.ptp(every, axis=0), 1)
     across = width * gauss(1, 0.15) / size[0]
@@ -743,12 +736,10 @@ def fit(strokes, left, top, width, height):
     return [np.float32(STROKES_HEIGHT * ((s - low) * [across, down] + corner)) for s in strokes]
 
 
-# ---- Hands: how one person writes. EMNIST's characters have one size for all, pen strokes have
-# lost their place, and signs come in stray sizes: what stands where is said here.
-
-
+# ---- Hands: how one person writes. EMNIST's characters are all one size, pen strokes have lost
+# their height on the line, and the sizes of signs are erratic: load_places() restores all three.
 @cache
-def places():
+def load_places():
     """Character -> how it stands on its line, in heights of a capital; as A does, if not listed.
 
     anchor: which part of it is placed, 0 its bottom, 1 its top; height: how high above the
@@ -776,7 +767,7 @@ class Hand(NamedTuple):
 
 
 def pick_hand(line):
-    """A Hand for a Line: EMNIST's, of all who have written its label as a whole, or of somebody.
+    """A Hand for a Line: of EMNIST, of everybody who wrote the label as a whole, or of one person.
 
     None where nobody has written all of its letters and digits. In training it leans and hurries.
     """
@@ -848,8 +839,8 @@ def join(canvas, start, end, hand):
 
 
 def take_from_emnist(c, hand):
-    """As write_character(), without ends: nothing is known of the pen."""
-    (images, _, numbers), place = emnist(hand.split), places()[c]
+    """Like write_character(), but without ends: EMNIST has no pen strokes."""
+    (images, _, numbers), place = emnist(hand.split), load_places()[c]
     if not len(numbers[c]):
         return None
     size, glyph = (place.least + place.most) / 2, images[choice(numbers[c])]  # (28, 28)
@@ -876,7 +867,7 @@ def write_character(c, hand):
         strokes = samples and strokes_of(choice(samples))
     if not strokes:
         return None
-    place = places()[c]
+    place = load_places()[c]
     width, height = np.ptp(np.concatenate(strokes), axis=0)
     size = max(1, height if c in ALPHANUMERIC else max(width, height))
     # A writer's capitals are 128 high in the median. Somebody else's sign has no size in this hand.
@@ -895,7 +886,7 @@ def trace(strokes, scale, hand):
     It leaves off where the stroke of most points ends: dots and bars wait until a word is done.
     """
     width = max(2, round(2 * hand.stroke * hand.capital))  # twice as large first, to be smooth
-    # Not as a product of matrices, whose last bit is another on another processor
+    # Not as a matrix product, whose last bit differs between processors
     lines = [np.stack([hand.wide * x - hand.slant * y, y], 1) for x, y in (s.T for s in strokes)]
     lines = [line * np.float32(2 * scale) for line in lines]  # (points, 2) each
     if hand.haste:
@@ -912,7 +903,7 @@ def trace(strokes, scale, hand):
 
 
 def hurry(line, reach):
-    """The way of a pen (points, 2), its corners and loops rounded off over a reach in pixels."""
+    """The path of a pen (points, 2), its corners and loops rounded off over a reach in pixels."""
     along = np.append(0, np.hypot(*np.diff(line, axis=0).T).cumsum())  # (points,)
     reach = min(reach, along[-1] / 12)  # a sign stays a sign
     if reach < 0.5:
@@ -941,11 +932,11 @@ def apply(steps, ink):
 
 
 def warp(ink):
-    """A line (H, W) in other proportions and curves: else fifty fonts would be learned by heart."""
+    """Warp a line (H, W), or the network would learn fifty handwriting fonts by heart."""
     tall, more = len(ink), len(ink) // 8  # rows to move into
     ink = np.pad(ink, ((more, more), (4, 4)))
     reach, patches = uniform(0, 0.2) * tall, uniform(1.5, 3)
-    # What of the line comes to a place: (H, W) each
+    # Where each pixel is taken from: (H, W) each
     places = np.indices(ink.shape, np.float32)
     y, x = (place + reach * (clouds(ink.shape, patches) - 0.5) for place in places)
     ink = cv2.remap(ink, x, y, cv2.INTER_LINEAR)
@@ -1005,8 +996,6 @@ def add_lines(ink, ends, tone=(0.3, 1), widths=(1, 1, 2)):
 
 
 # ---- Effects on place and shape
-
-
 def room(ink, least=0.0, most=0.25):
     """More paper on each side."""
     top, right, bottom, left = (round(uniform(least, most) * len(ink)) for _ in range(4))
@@ -1082,8 +1071,6 @@ def arched(ink):
 
 
 # ---- Effects of other ink
-
-
 def form_lines(ink, numbers=(1, 1, 2, 3, 4)):
     """Underlined, some dotted, between rules or, with all four lines, in a box."""
     h, w = ink.shape
@@ -1098,7 +1085,7 @@ def form_lines(ink, numbers=(1, 1, 2, 3, 4)):
 
 
 def neighbours(ink, most=0.14, each=0.4, aside=False):
-    """The lines above and below come into the image or, aside, the characters left and right.
+    """Parts of the lines above and below show or, with aside, of the characters left and right.
 
     Only on paper that is free of our own ink; each: the share of sides that they come from.
     """
@@ -1114,7 +1101,7 @@ def neighbours(ink, most=0.14, each=0.4, aside=False):
 
 
 def lined(ink, pitches, bend, tones):
-    """Ruled or, crossed, squared paper; its lines bent by much: the ground of a cheque."""
+    """Ruled or squared paper; with lines bent far, the background of a cheque."""
     (y, x), pitch = np.indices(ink.shape) / len(ink) + uniform(0, 1), uniform(*pitches)  # heights
     reach, length = uniform(0, bend), uniform(0.3, 3)
     waves = [y + reach * np.sin(x / length), x + reach * np.sin(y / length)][: choice([1, 1, 2])]
@@ -1130,8 +1117,6 @@ def specks(ink):
 
 
 # ---- Effects on how the ink lies
-
-
 def bold(ink, least=0.04, most=0.08):
     """By a felt pen or a heavy press, its corners round; below 0 thinner instead."""
     more = uniform(least, most)
@@ -1184,7 +1169,7 @@ def faded(ink, patches=4, least=0.5, grain=0.0, dead=0.0):
 def coarse(ink, least=11, most=18, two_tones=0.0):
     """Scanned with so few rows a line, a share (two_tones) in black and white, and enlarged."""
     (h, w), (top, bottom, *_) = ink.shape, ink_box(ink)
-    # Of what is inked, for the paper around it is no part of the line, but for a dash or a comma
+    # Counted over the ink, not the paper around it; a dash or a comma counts as half the height
     rows = round(randint(least, most) * h / max(h / 2, bottom + 1 - top))
     small = cv2.resize(ink, (max(4, round(w * rows / h)), rows), interpolation=cv2.INTER_AREA)
     if chance(two_tones):
@@ -1224,7 +1209,7 @@ def give_tones(
     return image
 
 
-# ---- Styles: how a line looks in the real world. A row less is a style less.
+# ---- Styles: how a line looks in the real world. To drop a style, delete its row.
 class Style(NamedTuple):
     weight: float  # how often, against the others of its kind
     effects: list  # what is done to the ink, one after the other, see apply()
@@ -1356,7 +1341,7 @@ def sample(source, index):
 
 
 def unclear(line):
-    """Whether nobody could read a Line's label, which no word around it explains."""
+    """Whether a Line's label could only be guessed, as no word around it helps."""
     by_hand = line.source.pen is compose and set(line.label) & set("IlOo")  # O is 0
     close = framed in [effect for _, effect, *_ in line.style.effects]  # cut so, c may be C
     cut = close and len(line.label) < 3 and not set(line.label) <= set(read_grammar()["large"])
@@ -1388,8 +1373,7 @@ def draw(line, tool):
     return give_tones(apply(style.effects, ink), **style.tones)
 
 
-# ---- Drawing, a chunk at a time. It is done when its csv, written last, has the present mark.
-
+# ---- Drawing, a chunk at a time. A chunk is done once its csv, written last, has the current mark.
 # A task for a worker: so many images of a source from index start on
 Chunk = namedtuple("Chunk", "source start number mark csv")
 
@@ -1432,7 +1416,7 @@ def draw_chunk(constants, chunk):
     globals().update(constants)
     cv2.setNumThreads(1)  # there is a worker to a processor already
     chunk.csv.parent.mkdir(parents=True, exist_ok=True)
-    chunk.csv.unlink(missing_ok=True)  # its labels belong to the former images
+    chunk.csv.unlink(missing_ok=True)  # its labels are those of the images about to be replaced
     rows, names = [], ["image_path", "mark", "source", "label", "split", "style"]
     for index in range(chunk.start, chunk.start + chunk.number):
         image, *facts = sample(chunk.source, index)
@@ -1484,7 +1468,7 @@ def count_images():
     counts = {source: number for source, number in NUM_IMAGES.items() if number}
     # Validation and test need a font family of their own.
     kinds = {font.kind for font in find_fonts()[0] if font.held_out}
-    others = {EMNIST: emnist_is_there, STROKES: unipen_is_there}  # perhaps after a download
+    others = {EMNIST: fetch_emnist, STROKES: fetch_unipen}  # perhaps after a download
     for source in list(counts):
         for needed in kinds_of(source):
             if not (others[needed]() if needed in others else needed in kinds):

@@ -58,7 +58,7 @@ MIN_STEPS = 1_500  # batches; with few images there are more epochs, until there
 BATCH_SIZE = 32  # images of one padded width in a step, over all processes together
 WARM_UP = 0.1  # share of training in which the learning rates rise to their peak
 WEIGHT_DECAY = 1e-2  # of AdamW
-AVERAGE = 0.1  # the saved weights are a mean over about this last share of the steps so far
+AVERAGE = 0.1  # the saved weights are averaged over about this last share of the steps so far
 KEEP_START = 0.0  # share of INIT_WEIGHTS in the saved weights; 0.5 forgets little of what they knew
 DROPOUT = 0.0  # share of the features and of the LSTM's output that is zeroed
 AUGMENT = 1.0  # strength of the random changes to the training images; 0: none
@@ -68,11 +68,11 @@ BLANKS = 0.01  # share of training images that are replaced by empty paper, labe
 SEED = 0  # the same seed, data and machine give the same weights, on a GPU nearly
 NUM_THREADS = crnn.usable_cores()  # that decode images at the start
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # under torchrun, a GPU for each process
-PRECISION = None  # "bfloat16", "float16", "float32"; None: bfloat16 where the hardware has it
+PRECISION = None  # "bfloat16" or "float32"; None: bfloat16 where the hardware has it
 # --------------------------------------------------------------------------------------------------
 
 SHOWN = 3  # rows named per reason for skipping rows, and examples shown per epoch
-ENOUGH = 5_000  # usable images, of all splits, below which learning from nothing comes to little
+ENOUGH = 5_000  # usable images of all splits; fewer are too few to learn from nothing
 
 
 def recipe():
@@ -89,7 +89,7 @@ def read_rows(known):
         raise InputError(f"{DATA_CSV} has the split {unknown_splits[0]!r}: use train, val or test")
     counts = rows.label[rows.split == "train"].map(set).explode().value_counts()
     new = sorted(c for c, n in counts.items() if n >= MIN_CHARACTER_ROWS and c not in known)
-    new = "".join(filter(str.isprintable, new))  # no tabs, zero-width and others that are not seen
+    new = "".join(filter(str.isprintable, new))  # no tabs, zero-width or other invisible characters
     if not (rows.split == "train").any():
         raise InputError(f"{DATA_CSV} has only val and test labels: add a column split")
     if not known and not new:
@@ -131,7 +131,7 @@ def load_rows(rows, charset):
     if train.empty:
         raise InputError(f"{DATA_CSV} leaves no row to train on: see the reasons above")
     if val.empty:
-        print("no val rows: accuracy is measured on training rows, which says little about others")
+        print("no val rows: accuracy is that of training rows, which says little about new images")
         val = train[:: math.ceil(len(train) / 1000)]  # enough to see whether it learns
     widths = train.image.map(lambda image: crnn.padded_width(image.shape[1]))
     return [make_bucket(group, charset) for _, group in train.groupby(widths)], val, test
@@ -201,7 +201,7 @@ def move(ink, strength):
     moves = (torch.rand(n, 6, device=ink.device) * 2 - 1) * limits  # (N, 6)
     angle, slant, scale_x, scale_y, x, y = moves.T  # radians, columns per row, parts; (N,) each
     scale_x, scale_y = 1 + 0.05 * strength + scale_x, 1 + 0.06 * strength + scale_y  # most smaller
-    # Shifted within the room so made: what is moved out of the image would still be in the label.
+    # Shifted only within the margin that this leaves: ink pushed out would still be in the label.
     x, y = x * (scale_x - 1).relu(), y * ((scale_y - 1).relu() + 0.04)
     matrix = torch.stack([scale_x, slant / ratio, x, angle * ratio, scale_y, y], 1)  # (N, 6)
     grid = F.affine_grid(matrix.view(n, 2, 3), list(ink.shape), align_corners=False)  # (N, H, W, 2)
@@ -217,7 +217,7 @@ def augment(ink, strength):
     weight = (rand(ink, -strength, strength) - 0.1) * (rand(ink) < 0.5)
     thicker, thinner = combine3x3(ink, torch.maximum), combine3x3(ink, torch.minimum)
     ink = ink + weight.clamp(min=0) * 0.6 * (thicker - ink)
-    ink = ink + (-weight).clamp(min=0) * 0.35 * (thinner - ink)  # less: thin strokes must not go
+    ink = ink + (-weight).clamp(min=0) * 0.35 * (thinner - ink)  # less, or thin strokes vanish
     if ink.shape[3] > 2 * ink.shape[2]:  # in narrow ones a ruled line could be taken for a dash
         ink = torch.maximum(ink, rule(ink) * (rand(ink) < 1 / 12) * min(1, strength))
     blur = rand(ink, -strength, strength) * (rand(ink) < 0.7)  # below 0: sharper, as large scans
@@ -310,8 +310,7 @@ def orthogonalize(x):
 def make_optimizers(net, steps):
     """What a step needs and resuming restores, by name.
 
-    Muon for the matrices of the CNN and the LSTM, AdamW for all else, their schedules, and a scaler
-    of the loss for float16.
+    Muon for the matrices of the CNN and the LSTM, AdamW for all else, and their schedules.
     """
     layers = [*net.crnn.cnn.parameters(), *net.crnn.lstm.parameters()]
     matrices = [p for p in layers if p.ndim > 1]
@@ -324,8 +323,7 @@ def make_optimizers(net, steps):
     cycle = dict(total_steps=steps + 1, pct_start=rise, cycle_momentum=False)
     for name, rate in rates.items():
         parts[f"{name} schedule"] = OneCycleLR(parts[name], rate, **cycle)
-    half = crnn.compute_dtype(torch.device(DEVICE).type, PRECISION) == torch.float16
-    return parts | dict(scaler=torch.amp.GradScaler(torch.device(DEVICE).type, enabled=half))
+    return parts
 
 
 # ---- Training
@@ -417,16 +415,11 @@ def train_step(net, parts, images, targets, lengths):
     log_probs = [logits.float().log_softmax(2) for logits in heads]
     frames, targets = torch.full((len(ink),), len(log_probs[0])), targets.to(device)
     losses = [F.ctc_loss(each, targets, frames, lengths, blank=BLANK) for each in log_probs]
-    optimizers, scaler = (parts["muon"], parts["adamw"]), parts["scaler"]
     net.zero_grad()
-    scaler.scale(losses[0] + recipe()["shortcut_weight"] * sum(losses[1:])).backward()
-    for optimizer in optimizers:
-        scaler.unscale_(optimizer)
-    norm = nn.utils.clip_grad_norm_(net.parameters(), 5.0)  # the first steps can be far larger
-    if not scaler.is_enabled() or norm.isfinite():  # in float16, both step or none
-        for optimizer in optimizers:
-            scaler.step(optimizer)
-    scaler.update()
+    (losses[0] + recipe()["shortcut_weight"] * sum(losses[1:])).backward()
+    nn.utils.clip_grad_norm_(net.parameters(), 5.0)  # the first steps can be far larger
+    for optimizer in (parts["muon"], parts["adamw"]):
+        optimizer.step()
     return losses[0].detach()
 
 
@@ -435,7 +428,7 @@ def train_epoch(net, parts, buckets, epoch, epochs):
     # Seeded by the epoch, so that resuming is exact: all share one order, each augments its own way
     batches = list(shuffle_batches(buckets, torch.Generator().manual_seed(SEED + epoch)))
     torch.manual_seed(SEED + 1_000_003 * epoch + rank())
-    model = getattr(net, "module", net).crnn  # also where it is distributed
+    model = getattr(net, "module", net).crnn  # DistributedDataParallel wraps it in .module
     net.train()
     freeze_norms(model, parts["average"].module, epoch, epochs)
     losses, count = [], sum(len(indices) for _, indices in batches)
@@ -455,7 +448,7 @@ def train_epoch(net, parts, buckets, epoch, epochs):
 def read(model, rows):
     """Read the images of rows. Returns rows with the columns prediction and confidence."""
     model, images, readings = crnn.folded(model), list(rows.image), []
-    for start in range(0, len(images), 1024):  # the logits of what is read at once are in memory
+    for start in range(0, len(images), 1024):  # one call holds the logits of all its images
         readings += crnn.read_images(model, images[start : start + 1024], 48)
     predictions, confidences = [r.text for r in readings], [r.confidence for r in readings]
     return rows.drop(columns="image").assign(prediction=predictions, confidence=confidences)
@@ -476,7 +469,7 @@ def calibrate(confidences, correct):
     def loss():
         optimizer.zero_grad()
         value = F.binary_cross_entropy_with_logits(x @ weights, target, reduction="sum")
-        value = value + 5 * (weights - start).square().sum()  # a few rows shall not move it far
+        value = value + 5 * (weights - start).square().sum()  # a prior: few rows move it little
         value.backward()
         return value
 
@@ -600,26 +593,26 @@ def start_processes():
             if device.index >= torch.cuda.device_count():
                 raise InputError(f"{torch.cuda.device_count()} GPUs: lower --nproc_per_node")
             torch.cuda.set_device(device)
-        # Import it before there is a group: its default arguments would hold the group for good
+        # Imported before the group exists: later, its default arguments would keep the group alive
         from torch.distributed.nn import functional  # noqa: F401, see the end of main
 
         dist.init_process_group(backend, timeout=timedelta(days=1))  # the others wait for rank 0
         if rank():
             sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115, for good
     torch.manual_seed(SEED)
-    torch.set_flush_denormal(True)  # numbers too small to matter slow a CPU down
+    torch.set_flush_denormal(True)  # denormal numbers slow a CPU down
     return device
 
 
 def finish(state, device, val, test):
     """Calibrate the saved epoch on the val rows, save it, and score it on the test rows."""
     if not state["saved"]:
-        print("all epochs read worse than the start, so nothing was saved: more labels may help")
+        print("no epoch beat the starting weights, so nothing was saved: more labels may help")
         return
     best = crnn.load_checkpoint(MODEL_PATH, device, learn=True)
-    best.calibration = crnn.UNCALIBRATED  # also where an earlier run has come as far as this
+    best.calibration = crnn.UNCALIBRATED  # a resumed run may have calibrated it already
     seen = read(best, val)
-    seen = seen[seen.confidence > 0]  # that of what is no line of text is 0 whatever is read
+    seen = seen[seen.confidence > 0]  # 0 marks what is no line of text, whatever was read
     best.calibration = calibrate(list(seen.confidence), list(seen.label == seen.prediction))
     crnn.save_checkpoint(MODEL_PATH, best)
     print(f"✅ Model saved to {MODEL_PATH}")

@@ -212,6 +212,7 @@ REFUSED = [
     (np.full((9, 40), np.nan), "not finite numbers (H, W)"),
     (np.zeros((9, 40), "O"), "not finite numbers (H, W)"),
     (np.full((9, 40), -2.0), "negative numbers"),
+    (np.linspace(-1, 1, 360).reshape(9, 40), "negative numbers"),
     (PAGE, "some 20 lines of text: a page"),
 ]
 
@@ -504,6 +505,9 @@ def test_a_text_of_the_lexicon_may_be_written_in_capitals(shipped):
     assert texts[3].lower() == "polish"
     assert all(reading.confidence > 0.9 for reading in readings[:3])
     assert readings[0].unrestricted == "PARIS"
+    for character in readings[0].characters:  # either case is meant
+        assert character.confidence > 0.5
+        assert character.character.swapcase() not in dict(character.alternatives)
     without = crnn.know(shipped.charset, lexicon=["Perils", "Berlin"])
     assert read_images(shipped, images[:1], 8, [without])[0].confidence < 0.5
 
@@ -511,10 +515,11 @@ def test_a_text_of_the_lexicon_may_be_written_in_capitals(shipped):
 def test_blank_paper_shows_no_text_of_a_lexicon_and_several_lines_are_marked(shipped):
     known = crnn.know(shipped.charset, lexicon=["Paris", "Rome"])
     several = load_image(paper((80, 64), "Paris", (6, 4), (6, 36)))
-    empty, doubtful = read_images(
-        shipped, [load_image(paper((80, 32), "")), several], 2, [known] * 2
-    )
-    assert (empty.text, empty.unrestricted) == ("", None)
+    ruled = load_image(paper((80, 32), ""))
+    ruled[24:26] = 0
+    images = load_image(paper((80, 32), "")), ruled, several
+    *empty, doubtful = read_images(shipped, images, 3, [known] * 3)
+    assert [(reading.text, reading.unrestricted) for reading in empty] == [("", None)] * 2
     assert (doubtful.text, doubtful.confidence) == ("Paris", 0)
 
 
@@ -579,7 +584,7 @@ def test_a_lexicon_is_read_by_and_what_it_lacks_is_doubted(shipped, tmp_path, ca
 
 UNKNOWN = [
     (dict(allowed="0é"), r"ALLOWED has 'é' \(U\+00E9\)"),
-    (dict(lexicon=["é"]), "no text that can be read"),
+    (dict(lexicon=["é"]), "no text with only known characters"),
     (dict(lexicon=["Total", None]), "a list of texts"),
     (dict(lexicon=Path("missing.txt")), "no file missing.txt"),
 ]
@@ -691,7 +696,7 @@ UNUSABLE = {  # what reads it, its content, and what the error is to say
     "other format": (load_checkpoint, OTHER | {"format": 2}, "format 2.*train_crnn.py"),
     "missing csv": (read_labels, None, "check the path, or run python prepare_ocr_dataset.py"),
     "empty csv": (read_labels, b"", "cannot be read"),
-    "csv without rows": (read_labels, b"image_path,label\n", "no rows"),
+    "csv without rows": (read_labels, b"image_path,label\n,\n ,\n", "no rows"),  # as of Excel
     "csv without labels": (read_labels, b"image_path,text\na,b\n", "no column label"),
     "malformed csv": (read_labels, b'image_path,label\na,b,c,d\n1,2\n"', "cannot be read"),
     "csv with a column twice": (read_labels, b"image_path,label,Label\na,b,c\n", "column twice"),

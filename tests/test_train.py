@@ -1,6 +1,5 @@
 """Training: what it says of the data, that it learns, resumes, starts from other weights, stops."""
 
-import math
 import re
 import shutil
 import subprocess
@@ -341,20 +340,6 @@ def test_new_characters_stay_new_where_fine_tuning_in_place_is_resumed(former):
     model, state = load_checkpoint(former.MODEL_PATH, learn=True), resume_state(folder_of(former))
     c = model.charset.index["é"]
     assert model.linear.bias[c] == state["average"]["module.linear.bias"][c]
-
-
-def test_gradients_too_large_for_float16_change_no_weight(train, trained):
-    """Though only one of them is, and each optimizer knows only its own."""
-    train.set(PRECISION="float16", INIT_WEIGHTS=str(trained / "crnn.pth"))
-    charset = load_checkpoint(train.INIT_WEIGHTS).charset
-    net = train.WithShortcut(train.make_model(charset))
-    parts = train.make_optimizers(net, 10)
-    parts["scaler"] = torch.amp.GradScaler("cpu", init_scale=1.0)  # no other is too large
-    net.crnn.cnn[0][0].weight.register_hook(lambda grad: grad * math.nan)
-    before = {name: tensor.clone() for name, tensor in net.named_parameters()}
-    images = torch.zeros(2, 1, 32, 64, dtype=torch.uint8)
-    train.train_step(net, parts, images, torch.ones(2, 1, dtype=torch.long), torch.ones(2).long())
-    assert differing(before, dict(net.named_parameters())) == []
 
 
 @pytest.mark.parametrize("init", [None, "crnn.pth"])

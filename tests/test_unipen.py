@@ -87,7 +87,7 @@ def test_samples_are_cut_out_and_brought_to_one_size(prepare, folder, tmp_path, 
     if os.name == "posix":  # linked to from there
         place.parent.rename(tmp_path / "elsewhere")
         (folder / "CDROM").symlink_to(tmp_path / "elsewhere")
-    assert prepare.unipen_is_there()
+    assert prepare.fetch_unipen()
     samples = prepare.load_strokes()
     strokes = [[stroke.tolist() for stroke in prepare.strokes_of(i)] for i in range(5)]
     # 128 high, y down, a step across half of one down
@@ -111,7 +111,7 @@ def test_a_person_is_on_one_side_of_the_split_whoever_collected_it(prepare, fold
     held_out = next(n for n in sides if split_of(n) == "val" and sides[n] == ["train", "train"])
     for i, contributor in enumerate(("acme", "beta"), start=1):
         write_unipen(folder, contributor, Ann_Smith_2=f"{held_out}_{i}")
-    assert prepare.unipen_is_there()
+    assert prepare.fetch_unipen()
     assert [len(prepare.people(split).writers) for split in ("train", "val", "test")] == [0, 2, 0]
     prepare.set(NUM_WORKERS=3)
     prepare.parse_unipen(folder, tmp_path / "3.npz")
@@ -124,7 +124,7 @@ def test_whom_and_what_to_leave_out(prepare, folder):
     write_unipen(folder, "beta", **{"INCH 100": "INCH unknown"})
     segments = '.SEGMENT CHARACTER 2 OK "l"\n' * 20
     (folder / "data/1b/beta/more.dat").write_text(f".INCLUDE beta/ink.dat\n{segments}")
-    assert prepare.unipen_is_there()
+    assert prepare.fetch_unipen()
     samples = prepare.load_strokes()
     assert set(samples.writers) == {"beta/Ann_Smith"}
     assert samples.labels.count("l") == prepare.PER_CHARACTER
@@ -151,11 +151,11 @@ def server(prepare, tmp_path):
 
 
 def test_unipen_is_downloaded_and_parsed_once(prepare, server):
-    assert prepare.unipen_is_there()
+    assert prepare.fetch_unipen()
     assert "Vl" in prepare.load_strokes().labels
     server.unlink()
-    prepare.unipen_is_there.cache_clear()
-    assert prepare.unipen_is_there()  # without asking again
+    prepare.fetch_unipen.cache_clear()
+    assert prepare.fetch_unipen()  # without asking again
 
 
 @pytest.mark.parametrize("damage", ["checksum", "record", "server", "files"])
@@ -165,6 +165,6 @@ def test_a_failed_download_says_what_to_do(prepare, server, folder, damage, caps
     for name in ["data", "include"] if damage == "files" else []:  # unpacked, but nothing in them
         (folder / name).mkdir(parents=True)
     server.write_text(damaged[damage]) if damage in damaged else server.unlink()
-    assert not prepare.unipen_is_there()
+    assert not prepare.fetch_unipen()
     line = capsys.readouterr().out.strip().split("\n")[-1]
     assert "UNIPEN" in line and folder.as_posix() in line
