@@ -1,8 +1,8 @@
 """Measure what the README claims, on an idle machine, and append it to tests/results.csv.
 
     python tests/benchmark.py                    all parts
-    python tests/benchmark.py reading peers      some of them: drawing kills own reading peers
-                                                 robust picture
+    python tests/benchmark.py reading peers      some of them: kills own reading peers robust
+                                                 picture
 
 The parts reading and peers need the default data of python prepare_ocr_dataset.py.
 """
@@ -37,8 +37,7 @@ FOLDER = ROOT / "datasets" / "benchmark"  # images, csv files and models of the 
 RESULTS = ROOT / "tests" / "results.csv"  # a row a figure; the newest of a measure counts
 DEFAULT_CSV = ROOT / "datasets" / "data.csv"  # of python prepare_ocr_dataset.py
 FOREIGN = ROOT / "tests" / "foreign"  # images by other programs
-DRAWING_NUMBER = 40_000  # images of the part drawing
-KILLS = 5  # in drawing, and as many in training
+KILLS = 5  # of drawing, and as many of training
 READING_WORDS = 480  # printed words of about 100 pixels, of the part reading
 REPEATS = 5  # of each timing of that part
 PEERS_ROWS = 2_000  # test rows of each source, of the part peers: by default all
@@ -83,33 +82,6 @@ def drawing_script(folder, number, **constants):
     numbers = dict.fromkeys(prepare_ocr_dataset.SOURCES, 0) | dict(trdg_custom=number)
     places = dict(DATASETS_DIR=str(folder), FONTS_DIR=str(ROOT / "myFonts"))
     return Script(prepare_ocr_dataset, NUM_IMAGES=numbers, **places, **constants)
-
-
-def drawing():
-    """Plain printed lines, the same texts and fonts, by us and by TRDG's own command line."""
-    folder = fresh("drawing")
-    start = time.perf_counter()
-    drawing_script(folder / "ours", DRAWING_NUMBER, STYLED=0).run(folder, timeout=3600)
-    ours = DRAWING_NUMBER / (time.perf_counter() - start)
-    rows = crnn.read_labels(folder / "ours" / "data.csv")
-    (folder / "texts.txt").write_text("\n".join(rows.label), encoding="utf-8")
-    (folder / "fonts").mkdir()
-    for font in prepare_ocr_dataset.find_fonts()[0]:
-        if font.kind == prepare_ocr_dataset.PRINTED and not font.held_out:
-            # The only suffix that it looks for
-            shutil.copy(font.path, folder / "fonts" / f"{Path(font.path).stem}.ttf")
-    # Its settings nearest to ours: noise behind the text, some blur and skew.
-    options = f"trdg -i {folder}/texts.txt -c {DRAWING_NUMBER} -fd {folder}/fonts -f 38 -b 0 -bl 1"
-    options += f" -rbl -k 3 -rk -e png -t {os.cpu_count()} --output_dir {folder}/trdg -na 2"
-    shim = "import sys; from PIL import ImageFont as f; from trdg.run import main\n"
-    shim += "f.FreeTypeFont.getsize = lambda self, text: self.getbbox(text)[2:]\n"  # of Pillow 9
-    shim += f"sys.argv = {options.split()!r}; main()"
-    start = time.perf_counter()
-    subprocess.run([sys.executable, "-c", shim], check=True, capture_output=True)
-    theirs = len(list((folder / "trdg").glob("*.png"))) / (time.perf_counter() - start)
-    record("drawing", "plain printed lines, images a second", ours)
-    record("drawing", "TRDG's command line, images a second", theirs)
-    record("drawing", "times as fast as TRDG's command line", ours / theirs)
 
 
 def killed(make, result):
@@ -323,7 +295,7 @@ def picture():
 
 def main(*wanted):
     """Run the parts of these names, or all."""
-    parts = drawing, kills, own, reading, peers, robust, picture
+    parts = kills, own, reading, peers, robust, picture
     parts = {part.__name__: part for part in parts}
     if not set(wanted) <= set(parts):
         raise crnn.InputError(f"choose parts among {' '.join(parts)}")
