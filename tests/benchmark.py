@@ -1,8 +1,7 @@
 """Measure what the README claims, on an idle machine, and append it to tests/results.csv.
 
     python tests/benchmark.py                    all parts
-    python tests/benchmark.py reading peers      some of them: kills own reading peers robust
-                                                 picture
+    python tests/benchmark.py reading peers      some of them: own reading peers robust picture
 
 The parts reading and peers need the default data of python prepare_ocr_dataset.py.
 """
@@ -14,7 +13,6 @@ import platform
 import random
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -22,8 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import torch
-from conftest import ROOT, WEIGHTS, Script, write_csv
+from conftest import ROOT, WEIGHTS, Script
 from peers import READERS
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
@@ -37,7 +34,6 @@ FOLDER = ROOT / "datasets" / "benchmark"  # images, csv files and models of the 
 RESULTS = ROOT / "tests" / "results.csv"  # a row a figure; the newest of a measure counts
 DEFAULT_CSV = ROOT / "datasets" / "data.csv"  # of python prepare_ocr_dataset.py
 FOREIGN = ROOT / "tests" / "foreign"  # images by other programs
-KILLS = 5  # of drawing, and as many of training
 READING_WORDS = 480  # printed words of about 100 pixels, of the part reading
 REPEATS = 5  # of each timing of that part
 PEERS_ROWS = 2_000  # test rows of each source, of the part peers: by default all
@@ -75,63 +71,6 @@ def labelled(csv_path):
     """The rows of a csv, with whole paths to their images."""
     rows = crnn.add_split(crnn.read_labels(csv_path))
     return rows.assign(image_path=crnn.image_paths(rows, csv_path))
-
-
-def drawing_script(folder, number, **constants):
-    """The preparation of so many printed lines, as a Script."""
-    numbers = dict.fromkeys(prepare_ocr_dataset.SOURCES, 0) | dict(trdg_custom=number)
-    places = dict(DATASETS_DIR=str(folder), FONTS_DIR=str(ROOT / "myFonts"))
-    return Script(prepare_ocr_dataset, NUM_IMAGES=numbers, **places, **constants)
-
-
-def killed(make, result):
-    """How many of KILLS runs, killed at a random moment and run again, end as an uninterrupted one.
-
-    make: from a name to the Script that makes what has this name; result: from a name to what it
-    made, as a dict of bytes.
-    """
-    folder, start = FOLDER / "kills", time.perf_counter()
-    make("whole").run(folder)
-    seconds, same = time.perf_counter() - start, 0
-    for name in (f"killed{i}" for i in range(KILLS)):
-        # In a session of its own, so that its workers are killed with it
-        quiet = dict(start_new_session=True, stdout=subprocess.DEVNULL)
-        process = subprocess.Popen(make(name).command(folder), **quiet)
-        time.sleep(random.uniform(0, seconds))
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-        make(name).run(folder)
-        same += result(name) == result("whole")
-    return same
-
-
-def kills():
-    """kill -9 at random moments of drawing and training: files and weights as of a whole run."""
-    random.seed(0)
-    folder = fresh("kills")
-
-    def drawing(name):
-        return drawing_script(folder / name, 3_000)
-
-    def drawn(name):
-        files = [path for path in (folder / name).rglob("*.*") if path.is_file()]
-        return {path.relative_to(folder / name): path.read_bytes() for path in files}
-
-    record("kills", "drawings that end as uninterrupted", killed(drawing, drawn), KILLS)
-
-    texts = [f"{i * 7919 % 10000:04}" for i in range(512)]
-    path = write_csv(folder / "data", texts, split=["train"] * 448 + ["val"] * 64)
-    recipe = dict(DATA_CSV=str(path), INIT_WEIGHTS=None, MIN_STEPS=0, EPOCHS=8, BATCH_SIZE=8)
-
-    def training(name):
-        resume = (folder / f"{name}.resume.pth").exists()
-        return Script(train_crnn, MODEL_PATH=str(folder / f"{name}.pth"), RESUME=resume, **recipe)
-
-    def trained(name):
-        weights = torch.load(folder / f"{name}.resume.pth", weights_only=True)["net"]
-        return {key: weight.numpy().tobytes() for key, weight in weights.items()}
-
-    record("kills", "trainings that end as uninterrupted", killed(training, trained), KILLS)
 
 
 def draw_code(index, fonts):
@@ -295,8 +234,7 @@ def picture():
 
 def main(*wanted):
     """Run the parts of these names, or all."""
-    parts = kills, own, reading, peers, robust, picture
-    parts = {part.__name__: part for part in parts}
+    parts = {part.__name__: part for part in (own, reading, peers, robust, picture)}
     if not set(wanted) <= set(parts):
         raise crnn.InputError(f"choose parts among {' '.join(parts)}")
     for name in wanted or parts:
