@@ -993,11 +993,13 @@ def add_split(rows):
     if "source" not in rows:
         rows["source"] = "custom"
     if "split" not in rows:
-        # All images of a label go to one split, so val and test hold texts never trained on. But a
-        # character, or a label with many images (on, off), must be learned: those go one by one.
-        many = rows.groupby("label").label.transform("size") >= 10
-        keys = rows.label.where((rows.label.str.len() > 1) & ~many, rows.image_path)
-        rows["split"] = [split_of(key, parts=10) for key in keys]
+        rows["split"] = ""
+    # All images of a label go to one split, so val and test hold texts never trained on. But a
+    # character, or a label with many images (on, off), must be learned: those go one by one.
+    many = rows.groupby("label").label.transform("size") >= 10
+    keys = rows.label.where((rows.label.str.len() > 1) & ~many, rows.image_path)
+    given = rows["split"].str.strip().str.lower()
+    rows["split"] = [split or split_of(key, parts=10) for split, key in zip(given, keys)]
     return rows
 
 

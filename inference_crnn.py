@@ -139,17 +139,21 @@ def read_each(images, model, known):
         yield from read_chunk(*zip(*chunk), model)
 
 
-def load(image):
-    """([image as load_image returns it, its quarter-turns if it is narrow], None) or ([], why not).
+class Loaded(NamedTuple):
+    """An image, decoded."""
 
-    What is loaded already comes back as it is.
-    """
-    if isinstance(image, tuple):
+    views: list  # as load_image returns it and, if narrow, turned by 90 degrees; none: unreadable
+    reason: str | None  # why it is unreadable
+
+
+def load(image):
+    """The Loaded of an image, which may be loaded already."""
+    if isinstance(image, Loaded):
         return image
     seen, reason = crnn.try_load(image)
     narrow = seen is not None and seen.shape[1] <= crnn.HEIGHT / 2
     turned = [crnn.try_load(image, turns)[0] for turns in (1, 3)] if narrow else []
-    return [view for view in (seen, *turned) if view is not None], reason
+    return Loaded([view for view in (seen, *turned) if view is not None], reason)
 
 
 def read_chunk(images, known, model):
@@ -157,11 +161,11 @@ def read_chunk(images, known, model):
     # Threads are enough: Pillow releases the GIL
     with ThreadPoolExecutor(max(1, NUM_THREADS)) as threads:
         loaded = list(threads.map(load, images))
-    there = [i for i, (views, _) in enumerate(loaded) if views]
-    pixels, kinds = [loaded[i][0][0] for i in there], [known[i] for i in there]
+    there = [i for i, image in enumerate(loaded) if image.views]
+    pixels, kinds = [loaded[i].views[0] for i in there], [known[i] for i in there]
     readings = dict(zip(there, crnn.read_images(model, pixels, max(1, BATCH_SIZE), kinds)))
     unsure = [i for i in there if readings[i].confidence < SURE]
-    turned = [(i, view) for i in unsure for view in loaded[i][0][1:]]
+    turned = [(i, view) for i in unsure for view in loaded[i].views[1:]]
     views, kinds = [view for _, view in turned], [known[i] for i, _ in turned]
     others = crnn.read_images(model, views, max(1, BATCH_SIZE), kinds)
     for (i, _), other in zip(turned, others):  # three characters or more: a lone I would be a dash

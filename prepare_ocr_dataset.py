@@ -255,7 +255,8 @@ def find_fonts():
     for path in sorted(Path(FONTS_DIR).rglob("*"), key=Path.as_posix):  # one order on all systems
         if path.suffix.lower() not in {".ttf", ".otf", ".woff", ".woff2"} or path.name[0] == ".":
             continue  # such as a Mac's ._ files
-        kind = HANDWRITTEN if path.parent.name == "handwriting" else PRINTED
+        folders = path.relative_to(FONTS_DIR).parts[:-1]
+        kind = HANDWRITTEN if "handwriting" in folders else PRINTED
         try:
             font = survey_font(str(path), kind, CHARSET)
             known = font.characters - set(left_out.get(font.family, ""))
@@ -583,7 +584,7 @@ def read_samples(path, root, skipped):
     for place, quality, label in segments:
         # \@ marks what is crossed out, @_ what is no text, a leading @ a remark.
         bad = quality == "BAD" or r"\@" in label or "@_" in label or label.startswith("@ ")
-        label = re.sub(r"\\(.)", r"\1", label)
+        label = re.sub(r"\\(.)|(?<=\w) (?=[.,;:!?])", r"\1", label)  # nobody wrote that space
         # Single characters come from category 1 alone: as words they have lost their size.
         if bad or len(label) > LONGEST or (len(label) == 1) != file.startswith("1"):
             continue
@@ -1342,7 +1343,8 @@ def sample(source, index):
 
 def unclear(line):
     """Whether a Line's label could only be guessed, as no word around it helps."""
-    by_hand = line.source.pen is compose and set(line.label) & set("IlOo")  # O is 0
+    alike = [set(s[1:]) for s in ("1Il|", "0Oo") if len(set(s) & set(CHARSET)) > 1]  # O is 0
+    by_hand = line.source.pen is compose and set(line.label) & set().union(*alike)
     close = framed in [effect for _, effect, *_ in line.style.effects]  # cut so, c may be C
     cut = close and len(line.label) < 3 and not set(line.label) <= set(read_grammar()["large"])
     return line.alone and bool(by_hand or cut)
@@ -1490,7 +1492,7 @@ def custom_rows():
     """The rows of labels.csv in datasets/custom and in its folders, in the form of data.csv."""
     datasets, tables = Path(DATASETS_DIR), {}
     folder = datasets / "custom"
-    paths = [*sorted(folder.glob("labels*.csv")), *sorted(folder.glob("*/labels*.csv"))]
+    paths = sorted(folder.rglob("labels*.csv"))
     with_labels = {path.parent for path in paths}
     for place in sorted({folder, *folder.glob("*/")} - with_labels):
         if any(place.glob("*.*")) and folder not in with_labels:  # whose csv may name any image
@@ -1502,7 +1504,10 @@ def custom_rows():
         rows = rows.assign(source=rows.get("source", path.parent.name), style="custom")
         rows = crnn.add_split(rows)
         try:
-            images = [os.path.relpath(image, datasets) for image in crnn.image_paths(rows, path)]
+            real = map(
+                os.path.realpath, crnn.image_paths(rows, path)
+            )  # as .. of a link is not here
+            images = [os.path.relpath(image, os.path.realpath(datasets)) for image in real]
         except ValueError:  # of Windows: no path leads there
             raise InputError(f"{path}: images on another drive, move them to {folder}") from None
         rows["image_path"] = [Path(image).as_posix() for image in images]

@@ -352,6 +352,7 @@ def make_model(charset):
     start = crnn.load_checkpoint(INIT_WEIGHTS, learn=True)
     model, known = CRNN(charset, dropout=DROPOUT, **start.architecture), start.charset.index
     model.known_classes = start.charset.num_classes  # the first; new characters follow
+    model.calibration = start.calibration
     model.cnn.load_state_dict(start.cnn.state_dict())
     model.lstm.load_state_dict(start.lstm.state_dict())
     with torch.no_grad():
@@ -454,15 +455,15 @@ def read(model, rows):
     return rows.drop(columns="image").assign(prediction=predictions, confidence=confidences)
 
 
-def calibrate(confidences, correct):
+def calibrate(confidences, correct, prior=crnn.UNCALIBRATED):
     """Slope and offset for crnn.calibrated, fitted to readings and whether they were right."""
     # By Platt 1999, whose targets, a little short of 0 and 1, keep the fit finite
-    confidences = torch.tensor(confidences, dtype=torch.float64).clamp(1e-6, 1 - 1e-6)
-    correct = torch.tensor(correct, dtype=torch.float64)
+    confidences = torch.tensor(list(confidences), dtype=torch.float64).clamp(1e-6, 1 - 1e-6)
+    correct = torch.tensor(list(correct), dtype=torch.float64)
     x = torch.stack([confidences.logit(), torch.ones_like(confidences)], 1)  # (N, 2)
     right, wrong = correct.sum(), (1 - correct).sum()
     target = torch.where(correct > 0, (right + 1) / (right + 2), 1 / (wrong + 2))  # (N,)
-    start = torch.tensor(crnn.UNCALIBRATED, dtype=torch.float64)  # (2,)
+    start = torch.tensor(prior, dtype=torch.float64)  # (2,)
     weights = start.clone().requires_grad_()
     optimizer = torch.optim.LBFGS([weights], max_iter=100, line_search_fn="strong_wolfe")
 
@@ -604,16 +605,19 @@ def start_processes():
     return device
 
 
-def finish(state, device, val, test):
-    """Calibrate the saved epoch on the val rows, save it, and score it on the test rows."""
+def finish(state, device, val, test, prior):
+    """Calibrate the saved epoch on the val rows, save it, and score it on the test rows.
+
+    prior: the calibration of the start, which few val rows change little.
+    """
     if not state["saved"]:
-        print("no epoch beat the starting weights, so nothing was saved: more labels may help")
+        print("no epoch read as well as the start, so nothing was saved: more labels may help")
         return
     best = crnn.load_checkpoint(MODEL_PATH, device, learn=True)
     best.calibration = crnn.UNCALIBRATED  # a resumed run may have calibrated it already
     seen = read(best, val)
     seen = seen[seen.confidence > 0]  # 0 marks what is no line of text, whatever was read
-    best.calibration = calibrate(list(seen.confidence), list(seen.label == seen.prediction))
+    best.calibration = calibrate(seen.confidence, seen.label == seen.prediction, prior)
     crnn.save_checkpoint(MODEL_PATH, best)
     print(f"✅ Model saved to {MODEL_PATH}")
     if test.empty:
@@ -668,7 +672,7 @@ def main():
             return 130
     del trained  # it holds the process group
     if rank() == 0:
-        finish(state, device, val, test)
+        finish(state, device, val, test, parts["start"].calibration)
     # Else gloo's threads may abort a process while the interpreter shuts down (pytorch PR 179291).
     if world_size() > 1:
         dist.barrier()

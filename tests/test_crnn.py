@@ -753,6 +753,13 @@ def test_a_label_is_in_one_split_unless_it_must_be_learned():
         assert few.groupby("label").split.nunique().min() == 3
 
 
+def test_what_a_column_split_leaves_open_is_split_by_hash():
+    rows = pd.DataFrame(dict(image_path=list("abc"), label=["one", "two", "six"]))
+    by_hash = list(crnn.add_split(rows.copy()).split)
+    rows = crnn.add_split(rows.assign(split=["Val ", "", ""]))
+    assert list(rows.split) == ["val", *by_hash[1:]]
+
+
 def test_no_text_changes_its_split():
     held = {n: split for n in range(60) if (split := crnn.split_of(str(n))) != "train"}
     assert held == {6: "val", 37: "val", 40: "val"} | dict.fromkeys((10, 19, 27, 38, 52), "test")

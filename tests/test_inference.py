@@ -61,6 +61,7 @@ def test_recognize_takes_paths_images_and_arrays(infer, checkpoint, line, tmp_pa
     assert len(infer.recognize(np.stack([image] * 6))) == 6
     assert infer.recognize(iter([line]), lexicon=np.array(["x"]))[0].text == "x"
     assert infer.recognize(None) == infer.recognize(5) == [None]  # cv2.imread of a missing file
+    assert infer.recognize([("a.png", "label")]) == [None]
     assert len(infer.recognize(torch.zeros(3, 32, 64))) == 1
     content = torch.frombuffer(bytearray(Path(line).read_bytes()), dtype=torch.uint8)
     assert infer.recognize(content)[0].text == same[0].text  # as torchvision.io.read_file has it
