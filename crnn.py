@@ -596,7 +596,8 @@ def know(charset, allowed=None, lexicon=None):
     if unknown := charset.unknown(allowed):
         raise InputError(f"ALLOWED has {unknown[0]}, which the model does not know: take it out")
     taken_for = None
-    if allowed.strip():
+    allowed = allowed if allowed.strip() else ""
+    if allowed:
         kept, nothing = {c: charset.index[c] for c in allowed}, charset.num_classes
         classes = [kept.get(c, kept.get(c.swapcase(), nothing)) for c in charset.characters]
         taken_for = torch.tensor([BLANK, *classes])  # (C,)
@@ -612,7 +613,7 @@ def know(charset, allowed=None, lexicon=None):
         print(f"LEXICON: {left_out:,} texts are left out in all", file=sys.stderr)
     texts = tuple(text for text in texts if not other[text])
     if not texts:
-        raise InputError("LEXICON has no text with only known characters: give it one per line")
+        raise InputError("LEXICON has no text left, see any lines above: give it one per line")
     return Known(taken_for, texts, tuple(map(str.lower, texts)))
 
 

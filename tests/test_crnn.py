@@ -584,7 +584,7 @@ def test_a_lexicon_is_read_by_and_what_it_lacks_is_doubted(shipped, tmp_path, ca
 
 UNKNOWN = [
     (dict(allowed="0é"), r"ALLOWED has 'é' \(U\+00E9\)"),
-    (dict(lexicon=["é"]), "no text with only known characters"),
+    (dict(lexicon=["é"]), "no text left"),
     (dict(lexicon=["Total", None]), "a list of texts"),
     (dict(lexicon=Path("missing.txt")), "no file missing.txt"),
 ]
