@@ -950,10 +950,11 @@ def read_labels(csv_path):
             found = f"(found: {','.join(rows.columns)})"
             raise InputError(f"{csv_path} has no column {column}: {wanted} {found}")
     rows = rows.fillna("")  # a line with too few fields leaves NaN behind
+    rows = rows.assign(label=clean(rows.label, csv_path))
     rows = rows[(rows != "").any(axis=1)].reset_index(drop=True)  # without Excel's empty lines
     if rows.empty:
         raise InputError(f"{csv_path} has no rows: add lines of image_path,label")
-    return rows.assign(label=clean(rows.label, csv_path))
+    return rows
 
 
 def clean(labels, csv_path):

@@ -110,7 +110,8 @@ def recognize(images, model=None, allowed=None, lexicon=None):
         images = [images]
     elif not isinstance(images, (list, tuple)):
         # At once, as an iterator may change and yield one object again and again
-        images = (image if isinstance(image, crnn.PATHS) else load(image) for image in images)
+        fixed = (*crnn.PATHS, bytes)
+        images = (image if isinstance(image, fixed) else load(image) for image in images)
     if not isinstance(model, crnn.CRNN):
         model = load_checkpoint(model or model_path(), DEVICE)
     if model.training:
@@ -140,32 +141,42 @@ def read_each(images, model, known):
 
 
 class Loaded(NamedTuple):
-    """An image, decoded."""
+    """An image with all that may be asked of it, decoded."""
 
-    views: list  # as load_image returns it and, if narrow, turned by 90 degrees; none: unreadable
-    reason: str | None  # why it is unreadable
+    seen: tuple  # see crnn.try_load
+    turned: list  # see quarter_turns()
 
 
 def load(image):
-    """The Loaded of an image, which may be loaded already."""
+    """The Loaded of an image."""
+    seen = crnn.try_load(image)
+    return Loaded(seen, quarter_turns(image, seen[0]))
+
+
+def try_load(image):
+    """What crnn.try_load returns, of a Loaded as well."""
+    return image.seen if isinstance(image, Loaded) else crnn.try_load(image)
+
+
+def quarter_turns(image, pixels):
+    """An image turned by 90 degrees either way, if it is narrow. pixels: of it upright, or None."""
     if isinstance(image, Loaded):
-        return image
-    seen, reason = crnn.try_load(image)
-    narrow = seen is not None and seen.shape[1] <= crnn.HEIGHT / 2
+        return image.turned
+    narrow = pixels is not None and pixels.shape[1] <= crnn.HEIGHT / 2
     turned = [crnn.try_load(image, turns)[0] for turns in (1, 3)] if narrow else []
-    return Loaded([view for view in (seen, *turned) if view is not None], reason)
+    return [view for view in turned if view is not None]  # of a stream: read once
 
 
 def read_chunk(images, known, model):
     """The Readings of images, None for one that cannot be read. known: see crnn.read_images."""
     # Threads are enough: Pillow releases the GIL
     with ThreadPoolExecutor(max(1, NUM_THREADS)) as threads:
-        loaded = list(threads.map(load, images))
-    there = [i for i, image in enumerate(loaded) if image.views]
-    pixels, kinds = [loaded[i].views[0] for i in there], [known[i] for i in there]
+        loaded = list(threads.map(try_load, images))
+    there = [i for i, (image, _) in enumerate(loaded) if image is not None]
+    pixels, kinds = [loaded[i][0] for i in there], [known[i] for i in there]
     readings = dict(zip(there, crnn.read_images(model, pixels, max(1, BATCH_SIZE), kinds)))
     unsure = [i for i in there if readings[i].confidence < SURE]
-    turned = [(i, view) for i in unsure for view in loaded[i].views[1:]]
+    turned = [(i, view) for i in unsure for view in quarter_turns(images[i], loaded[i][0])]
     views, kinds = [view for _, view in turned], [known[i] for i, _ in turned]
     others = crnn.read_images(model, views, max(1, BATCH_SIZE), kinds)
     for (i, _), other in zip(turned, others):  # three characters or more: a lone I would be a dash
@@ -299,13 +310,13 @@ def read_all(samples, model):
 def write_predictions(rows):
     """Write PREDICTIONS_CSV or, where that cannot be replaced, one beside it. Returns its path."""
     table = rows[COLUMNS].assign(confidence=rows.confidence.map("{:.4f}".format))
+    path = PREDICTIONS_CSV
     try:
-        crnn.write_labels(table, PREDICTIONS_CSV, "utf-8-sig")  # or Excel shows é as Ã©
+        crnn.write_labels(table, path, "utf-8-sig")  # or Excel shows é as Ã©
     except PermissionError:  # on Windows, while Excel has it open
-        path = free_name(PREDICTIONS_CSV)
+        path = free_name(path)
         crnn.write_labels(table, path, "utf-8-sig")
-        return path
-    return PREDICTIONS_CSV
+    return path
 
 
 # ---- Pages
@@ -440,9 +451,9 @@ def main(arguments=()):
         if REPORT_DIR:
             lines.append(f"report: {write_report(labelled).as_posix()}")
     if len(bare) and REPORT_DIR:
+        some = "the readings" if len(bare) <= CHECKED_AT_ONCE else "the least sure readings"
         try:
-            page = write_check(bare).as_posix()
-            lines.append(f"to correct the readings, open {page} in a browser")
+            lines.append(f"to correct {some}, open {write_check(bare).as_posix()} in a browser")
         except InputError as error:
             lines.append(str(error))
     unsure, skipped = (rows.confidence < MIN_CONFIDENCE).sum(), len(samples) - len(rows)

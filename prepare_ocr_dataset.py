@@ -1504,9 +1504,7 @@ def custom_rows():
         rows = rows.assign(source=rows.get("source", path.parent.name), style="custom")
         rows = crnn.add_split(rows)
         try:
-            real = map(
-                os.path.realpath, crnn.image_paths(rows, path)
-            )  # as .. of a link is not here
+            real = map(os.path.realpath, crnn.image_paths(rows, path))  # .. of a link is elsewhere
             images = [os.path.relpath(image, os.path.realpath(datasets)) for image in real]
         except ValueError:  # of Windows: no path leads there
             raise InputError(f"{path}: images on another drive, move them to {folder}") from None

@@ -605,11 +605,8 @@ def start_processes():
     return device
 
 
-def finish(state, device, val, test, prior):
-    """Calibrate the saved epoch on the val rows, save it, and score it on the test rows.
-
-    prior: the calibration of the start, which few val rows change little.
-    """
+def finish(state, device, val, test):
+    """Calibrate the saved epoch on the val rows, save it, and score it on the test rows."""
     if not state["saved"]:
         print("no epoch read as well as the start, so nothing was saved: more labels may help")
         return
@@ -617,7 +614,8 @@ def finish(state, device, val, test, prior):
     best.calibration = crnn.UNCALIBRATED  # a resumed run may have calibrated it already
     seen = read(best, val)
     seen = seen[seen.confidence > 0]  # 0 marks what is no line of text, whatever was read
-    best.calibration = calibrate(seen.confidence, seen.label == seen.prediction, prior)
+    correct = seen.label == seen.prediction
+    best.calibration = calibrate(seen.confidence, correct, state["calibration"])
     crnn.save_checkpoint(MODEL_PATH, best)
     print(f"✅ Model saved to {MODEL_PATH}")
     if test.empty:
@@ -651,6 +649,7 @@ def main():
 
     state = dict(epoch=0, best=-1.0, saved=False, seconds=0.0, history=[])
     state["known_classes"] = getattr(parts["start"], "known_classes", 0)
+    state["calibration"] = parts["start"].calibration
     state["fingerprint"] = fingerprint(rows, epochs * number)
     if RESUME:
         state = load_state(state["fingerprint"], dict(net=net, **parts))
@@ -672,7 +671,7 @@ def main():
             return 130
     del trained  # it holds the process group
     if rank() == 0:
-        finish(state, device, val, test, parts["start"].calibration)
+        finish(state, device, val, test)
     # Else gloo's threads may abort a process while the interpreter shuts down (pytorch PR 179291).
     if world_size() > 1:
         dist.barrier()

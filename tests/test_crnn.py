@@ -696,11 +696,17 @@ UNUSABLE = {  # what reads it, its content, and what the error is to say
     "other format": (load_checkpoint, OTHER | {"format": 2}, "format 2.*train_crnn.py"),
     "missing csv": (read_labels, None, "check the path, or run python prepare_ocr_dataset.py"),
     "empty csv": (read_labels, b"", "cannot be read"),
-    "csv without rows": (read_labels, b"image_path,label\n,\n ,\n", "no rows"),  # as of Excel
+    "csv without rows": (read_labels, b"image_path,label\n", "no rows"),
+    "csv of empty rows": (read_labels, b"image_path,label\n,\n ,\n", "no rows"),  # as of Excel
     "csv without labels": (read_labels, b"image_path,text\na,b\n", "no column label"),
     "malformed csv": (read_labels, b'image_path,label\na,b,c,d\n1,2\n"', "cannot be read"),
     "csv with a column twice": (read_labels, b"image_path,label,Label\na,b,c\n", "column twice"),
     "line break": (read_labels, b'image_path,label\na,"b\rc"\n', "row 1: a label of several lines"),
+    "second row": (
+        read_labels,
+        b'image_path,label\n,\na,"b\rc"\n',
+        "row 2: a label of several lines",
+    ),
     "open quotation mark": (read_labels, b'image_path,label\na,"b\nc,d\n"', "row 1: .*quotation"),
     "not UTF-8": (read_labels, b"image_path,label\na.png,\xff\xfe\n", "cannot be read"),
 }

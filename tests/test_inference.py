@@ -364,7 +364,7 @@ def test_a_page_lists_the_least_sure_readings_to_correct(infer, scans, tmp_path,
     (scans / "labels.csv").write_text("image_path,label\n")  # saved from that page
     infer.set(CHECKED_AT_ONCE=3)
     infer.main([str(scans)])
-    assert "to correct the readings, open" in capsys.readouterr().out
+    assert "to correct the least sure readings, open" in capsys.readouterr().out
     fewer = read_page()[1]
     assert fewer["file"] == "labels_2.csv"
     assert [row["path"] for row in fewer["rows"]] == [row["path"] for row in job["rows"][:3]]
