@@ -479,8 +479,6 @@ class Character(NamedTuple):
 
     character: str
     confidence: float  # its probability in the frame it is read from
-    left: float  # where it begins, halfway to its neighbour, from 0 to 1 of the image's width;
-    right: float  # where it ends, likewise; both are rough, and guesses in texts of one or two
     alternatives: list  # (character, probability) of others in the same place, likeliest first
 
 
@@ -489,15 +487,14 @@ class Reading(NamedTuple):
 
     text: str
     confidence: float  # probability that the text is right, calibrated where the model is
-    characters: list  # a Character for each of text
+    characters: list  # a Character for each of text; none where the text is from a lexicon
     unrestricted: str | None = None  # what was read without the lexicon, where there is one
 
 
-def greedy_decode(logits, charset, widths=None):
+def greedy_decode(logits, charset):
     """Best class per frame, repeats merged, blanks dropped: best path of Graves et al. 2006.
 
-    logits: (T, N, C); widths: of each line in frames, without its padding; None: none is padded.
-    Returns N Readings, uncalibrated.
+    logits: (T, N, C). Returns N Readings, uncalibrated.
     """
     log_probs = logits.detach().float().log_softmax(2).cpu()  # (T, N, C)
     best, classes = (tensor.T.tolist() for tensor in log_probs.max(2))  # N lists of T, both
@@ -507,45 +504,25 @@ def greedy_decode(logits, charset, widths=None):
         peaks.append([max(frames, key=sure.__getitem__) for c, frames in runs if c != BLANK])
         targets.append([path[frame] for frame in peaks[-1]])  # each where it is surest
     confidences = text_log_probability(log_probs, targets).exp().clamp(0, 1).tolist()
-    widths = widths or [len(log_probs)] * len(targets)
-    lines = zip(log_probs.unbind(1), targets, peaks, widths, confidences)
+    lines = zip(log_probs.unbind(1), targets, peaks, confidences)
     return [make_reading(charset, *line) for line in lines]
 
 
-def make_reading(charset, log_probs, target, peaks, width, confidence):
+def make_reading(charset, log_probs, target, peaks, confidence):
     """A Reading of a line: log_probs (T, C), the classes read, and the frame of each."""
     probabilities = log_probs[peaks].exp()  # (characters, C)
     likeliest = probabilities.topk(min(4, probabilities.shape[1]))  # (characters, 4)
-    text = charset.decode(target)
-    # A wide margin looks like a space, and no label begins or ends with one.
-    start, text = len(text) - len(text.lstrip(" ")), text.strip(" ")
-    kept = slice(start, start + len(text))
     read = probabilities[range(len(target)), target].tolist()
     places = zip(target, read, likeliest.indices.tolist(), likeliest.values.tolist())
     characters = []
-    for (c, p, *likely), left, right in zip(list(places)[kept], *extents(peaks[kept], width)):
+    for c, p, *likely in places:
         others = [(i, q) for i, q in zip(*likely) if i not in (c, BLANK) and q >= MIN_ALTERNATIVE]
         others = [(charset.characters[i - 1], q) for i, q in others]
-        characters.append(Character(charset.characters[c - 1], p, left, right, others))
-    return Reading(text, confidence, characters)
-
-
-def extents(peaks, width):
-    """Where characters with these peaks begin and end: two lists, from 0 to 1 of width frames.
-
-    >>> extents([1, 5], 8)
-    ([0.0, 0.4375], [0.4375, 0.9375])
-    >>> extents([0, 3, 5], 8)  # the second reaches as far to its left as to its right
-    ([0.0, 0.3125, 0.5625], [0.3125, 0.5625, 0.8125])
-    """
-    centres = [min(1.0, (peak + 0.5) / width) for peak in peaks]
-    between = [(a + b) / 2 for a, b in zip(centres, centres[1:])]
-    if not between:
-        return [0.0] * len(centres), [1.0] * len(centres)
-    first, last = 2 * centres[0] - between[0], 2 * centres[-1] - between[-1]
-    if len(between) > 1 and peaks[0] == 0:  # emitted at once, though its ink may come later
-        between[0] = max(between[0], 2 * centres[1] - between[1])
-    return [max(0.0, first), *between], [*between, min(1.0, last)]
+        characters.append(Character(charset.characters[c - 1], p, others))
+    text = charset.decode(target)
+    # A wide margin looks like a space, and no label begins or ends with one.
+    kept = slice(len(text) - len(text.lstrip(" ")), len(text.rstrip(" ")))
+    return Reading(text.strip(" "), confidence, characters[kept])
 
 
 def text_log_probability(log_probs, targets):
@@ -656,21 +633,12 @@ def find_in_lexicon(looks, charset, reading, known):
         scores += as_written.log_softmax(1).diagonal().nan_to_num()
     best = int(scores.argmax())
     if scores[best] == -math.inf:  # all are too long
-        return reading._replace(text="", confidence=0.0, characters=[], unrestricted=reading.text)
+        return Reading("", 0.0, [], unrestricted=reading.text)
     # The text read without the lexicon competes too, unless it is in it: the image may show that.
     doubt = DOUBT * max(1, min(len(texts[best]), len(reading.text))) if distances[0] else math.inf
     other = mean_log_probability(looks, targets[-1:]) - doubt  # (1,)
     confidence = float(torch.cat([scores, other]).softmax(0)[best])
-    found = read_as(charset, any_case[0], targets[best], confidence)
-    return found._replace(unrestricted=reading.text)
-
-
-def read_as(charset, look, target, confidence):
-    """The Reading that a Look of any case gives if it shows a target."""
-    peaks = align(look.log_probs, target)
-    log_probs = F.pad(look.log_probs, (0, 1))  # (T, C + 1)
-    log_probs[peaks, [charset.other_case[c] for c in target]] = -math.inf  # no alternative
-    return make_reading(charset, log_probs[:, :-1], target, peaks, look.width, confidence)
+    return Reading(texts[best], confidence, [], unrestricted=reading.text)
 
 
 def add_cases(log_probs, charset):
@@ -679,27 +647,12 @@ def add_cases(log_probs, charset):
     return torch.logaddexp(log_probs, padded[:, charset.other_case])  # (T, C)
 
 
-def align(log_probs, target):
-    """For each character of a target, the frame that most alignments with log_probs (T, C) give it.
-
-    From the gradient of the CTC loss: at each frame, the probability of a class minus the share of
-    alignments that are in it (Graves et al. 2006, equation 16).
-    """
-    with torch.inference_mode(False), torch.enable_grad():
-        # Every character as a class of its own, or two of a kind could not be told apart
-        own = log_probs[:, [BLANK, *target]].requires_grad_()  # (T, 1 + characters)
-        text_log_probability(own[:, None], [[*range(1, len(target) + 1)]]).sum().neg().backward()
-    shares = own.detach().exp() - own.grad  # (T, 1 + characters)
-    return shares[:, 1:].argmax(0).cummax(0).values.tolist()
-
-
 # ---- Reading
 class Look(NamedTuple):
     """What the network sees in an image, looked at in one way."""
 
     reading: Reading
     log_probs: torch.Tensor  # (T, C)
-    width: float  # of the image in frames, without its padding
 
 
 def read_images(model, images, batch_size, known=None):
@@ -742,9 +695,8 @@ def look_at(model, images, batch_size, known):
                 sums = torch.zeros(len(logits), logits.shape[2] + 1)  # (T, C + 1)
                 sums.index_add_(1, known[i].taken_for, logits[:, n].softmax(1))
                 logits[:, n] = sums[:, :-1].log()  # (T, C)
-        widths = [images[i].shape[1] / PIXELS_PER_FRAME for i in batch]
-        readings = greedy_decode(logits, model.charset, widths)
-        for i, *look in zip(batch, readings, logits.log_softmax(2).unbind(1), widths):
+        readings = greedy_decode(logits, model.charset)
+        for i, *look in zip(batch, readings, logits.log_softmax(2).unbind(1)):
             looks[i] = Look(*look)
     return looks
 

@@ -252,7 +252,7 @@ def show(sample, reading):
         print(f"Ground Truth: {sample.label}")
     sure = reading.confidence >= MIN_CONFIDENCE
     doubt = "" if sure else ", please check"
-    doubtful = [c for c in reading.characters if c.alternatives and reading.unrestricted is None]
+    doubtful = [c for c in reading.characters if c.alternatives]
     if doubtful and not sure:  # such as ": O 0.61 · 0 0.37"
         least = min(doubtful, key=lambda c: c.confidence)
         pairs = [(least.character, least.confidence), *least.alternatives]

@@ -458,23 +458,15 @@ def read(model, rows):
 def calibrate(confidences, correct, prior=crnn.UNCALIBRATED):
     """Slope and offset for crnn.calibrated, fitted to readings and whether they were right."""
     # By Platt 1999, whose targets, a little short of 0 and 1, keep the fit finite
-    confidences = torch.tensor(list(confidences), dtype=torch.float64).clamp(1e-6, 1 - 1e-6)
-    correct = torch.tensor(list(correct), dtype=torch.float64)
-    x = torch.stack([confidences.logit(), torch.ones_like(confidences)], 1)  # (N, 2)
-    right, wrong = correct.sum(), (1 - correct).sum()
-    target = torch.where(correct > 0, (right + 1) / (right + 2), 1 / (wrong + 2))  # (N,)
-    start = torch.tensor(prior, dtype=torch.float64)  # (2,)
-    weights = start.clone().requires_grad_()
-    optimizer = torch.optim.LBFGS([weights], max_iter=100, line_search_fn="strong_wolfe")
-
-    def loss():
-        optimizer.zero_grad()
-        value = F.binary_cross_entropy_with_logits(x @ weights, target, reduction="sum")
-        value = value + 5 * (weights - start).square().sum()  # a prior: few rows move it little
-        value.backward()
-        return value
-
-    optimizer.step(loss)
+    confidences, correct = np.clip(confidences, 1e-6, 1 - 1e-6), np.array(correct, dtype=bool)
+    x = np.stack([np.log(confidences / (1 - confidences)), np.ones(len(correct))], 1)  # (N, 2)
+    right, wrong = correct.sum(), (~correct).sum()
+    target = np.where(correct, (right + 1) / (right + 2), 1 / (wrong + 2))  # (N,)
+    weights, pull = np.array(prior), 10.0  # towards the prior: few rows move it little
+    step = np.linalg.inv(x.T @ x / 4 + pull * np.eye(2))  # (2, 2), never too far (Böhning 1992)
+    for _ in range(1000):
+        errors = 1 / (1 + np.exp(-x @ weights)) - target  # (N,)
+        weights = weights - step @ (x.T @ errors + pull * (weights - prior))
     return tuple(weights.tolist())
 
 
