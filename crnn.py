@@ -843,11 +843,7 @@ def save_checkpoint(path, model):
 
 
 def load_checkpoint(path, device="cpu", learn=False):
-    """The CRNN that save_checkpoint wrote, folded for reading, or with learn=True to train on.
-
-    Raises InputError, one line, when it is missing, damaged, not a checkpoint of this project, or
-    learned from images of another preprocessing.
-    """
+    """The CRNN that save_checkpoint wrote, folded for reading, or with learn=True to train on."""
     remedy = "run python train_crnn.py first, or set MODEL_PATH (INIT_WEIGHTS) to another"
     if not Path(path).is_file():
         raise InputError(f"no {path}: {remedy}, or start in the project's folder")
@@ -889,10 +885,7 @@ def read_csv(csv_path):
 
 
 def read_labels(csv_path):
-    """A csv of the data.csv form as a DataFrame of strings: NA, null and 007 stay what they are.
-
-    Raises InputError, one line with the fix, when it is missing, malformed, or lacks a column.
-    """
+    """A csv of the data.csv form as a DataFrame of strings: NA, null and 007 stay what they are."""
     rows = read_csv(csv_path)
     if rows.columns.has_duplicates:  # as Label and label are now
         raise InputError(f"{csv_path} names a column twice: {','.join(rows.columns)}")

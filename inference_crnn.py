@@ -57,10 +57,7 @@ TEMPLATES = Path(__file__).parent / "ocr_crnn_model"  # the pages, each with a C
 
 
 def model_path():
-    """The checkpoint to read with: the user's own if there is one, else the bundled one.
-
-    Both are looked for in the current folder and then beside this script.
-    """
+    """The user's checkpoint or else the bundled one, in this folder or beside the script."""
     here = Path(__file__).parent
     places = [Path(MODEL_PATH), here / MODEL_PATH, Path(PRETRAINED), here / PRETRAINED]
     return next(filter(Path.is_file, places), places[0])

@@ -308,10 +308,7 @@ def orthogonalize(x):
 
 
 def make_optimizers(net, steps):
-    """What a step needs and resuming restores, by name.
-
-    Muon for the matrices of the CNN and the LSTM, AdamW for all else, and their schedules.
-    """
+    """By name: Muon for the matrices of CNN and LSTM, AdamW for all else, and their schedules."""
     layers = [*net.crnn.cnn.parameters(), *net.crnn.lstm.parameters()]
     matrices = [p for p in layers if p.ndim > 1]
     others = [p for p in net.parameters() if not any(p is matrix for matrix in matrices)]
