@@ -309,8 +309,7 @@ def closer_view(image):
     strokes = float(fullest.mean())
     if strokes < MIN_STROKES:  # do not crop: place and size tell a comma from a quote, c from C
         return 0.0, 1.0, 1.0, SMOOTHING * line
-    columns = np.flatnonzero(ink.any(0))
-    width = int(columns[-1] - columns[0]) + 1
+    width = int(np.ptp(np.flatnonzero(ink.any(0)))) + 1  # from the first inked column to the last
     first, last = 0.0, 1.0
     if 1 / 8 <= line < LOW_LINE and width > 2.5 * line * HEIGHT:  # lower is a rule, not a line
         middle, reach = (top + bottom) / 2 / HEIGHT, line / USUAL_LINE / 2
@@ -904,8 +903,7 @@ def read_labels(csv_path):
 
 def clean(labels, csv_path):
     """Labels (a Series) in one spelling, without spaces at the ends: no image shows either."""
-    labels = labels.str.replace(SPACES, " ", regex=True)
-    labels = labels.str.strip(" \t\u200b\ufeff")  # what is not seen at the ends
+    labels = labels.str.replace(SPACES, " ", regex=True).str.strip(" \t\u200b\ufeff")
     broken = labels.str.contains("[\n\r\x85\u2028\u2029]")
     if broken.any():
         place = f"{csv_path}, row {broken.argmax() + 1}: a label of several lines"
@@ -937,10 +935,7 @@ def split_of(key, parts=20):
 
 def add_split(rows):
     """Fill in the columns source and split where a csv has none: train, val, test as 8 : 1 : 1."""
-    if "source" not in rows:
-        rows["source"] = "custom"
-    if "split" not in rows:
-        rows["split"] = ""
+    rows = rows.assign(source=rows.get("source", "custom"), split=rows.get("split", ""))
     # All images of a label go to one split, so val and test hold texts never trained on. But a
     # character, or a label with many images (on, off), must be learned: those go one by one.
     many = rows.groupby("label").label.transform("size") >= 10
@@ -981,9 +976,8 @@ def format_score_table(table):
     return table.to_string(formatters=percent, index_names=False)
 
 
-def calibration_error(confidences, correct, bins=15):
+def calibration_error(confidences, correct):
     """Expected calibration error (Guo et al. 2017): the mean gap of confidence and accuracy."""
-    confidences, correct = np.array(confidences), np.array(correct, dtype=float)
-    places = np.minimum((confidences * bins).astype(int), bins - 1)
-    gaps = np.bincount(places, confidences - correct)
-    return float(np.abs(gaps).sum() / max(1, len(correct)))
+    gaps = np.array(confidences) - np.array(correct, dtype=float)
+    sums, _ = np.histogram(confidences, bins=15, range=(0, 1), weights=gaps)
+    return float(np.abs(sums).sum() / max(1, len(gaps)))
