@@ -17,7 +17,7 @@ import json
 import os
 import sys
 import warnings
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable
 from contextlib import nullcontext, suppress
 from functools import partial
 from glob import glob
@@ -27,6 +27,7 @@ from typing import NamedTuple
 import torch
 from PIL import Image, ImageOps
 from rapidfuzz.distance import Levenshtein
+from tqdm.contrib.concurrent import thread_map
 
 import crnn
 from crnn import InputError, load_checkpoint, whole_file
@@ -108,7 +109,7 @@ def recognize(images, model=None, allowed=None, lexicon=None):
     elif not isinstance(images, (list, tuple)):
         # At once, as an iterator may change and yield one object again and again
         fixed = (*crnn.PATHS, bytes)
-        images = (image if isinstance(image, fixed) else load(image) for image in images)
+        images = (i if isinstance(i, fixed) else load(i, at_once=True) for i in images)
     if not isinstance(model, crnn.CRNN):
         model = load_checkpoint(model or model_path(), DEVICE)
     if model.training:
@@ -138,50 +139,40 @@ def read_each(images, model, known):
 
 
 class Loaded(NamedTuple):
-    """An image with all that may be asked of it, decoded."""
+    """An image, decoded."""
 
-    seen: tuple  # see crnn.try_load
-    turned: list  # see quarter_turns()
-
-
-def load(image):
-    """The Loaded of an image."""
-    seen = crnn.try_load(image)
-    return Loaded(seen, quarter_turns(image, seen[0]))
+    pixels: torch.Tensor | None  # and why there are none: see crnn.try_load
+    reason: str | None
+    turned: Iterable  # by 90 degrees either way, if the image is narrow; None: cannot be turned
 
 
-def try_load(image):
-    """What crnn.try_load returns, of a Loaded as well."""
-    return image.seen if isinstance(image, Loaded) else crnn.try_load(image)
-
-
-def quarter_turns(image, pixels):
-    """An image turned by 90 degrees either way, if it is narrow. pixels: of it upright, or None."""
+def load(image, at_once=False):
+    """The Loaded of an image, turned only when that is asked for or, if it may change, at once."""
     if isinstance(image, Loaded):
-        return image.turned
+        return image
+    pixels, reason = crnn.try_load(image)
     narrow = pixels is not None and pixels.shape[1] <= crnn.HEIGHT / 2
-    turned = [crnn.try_load(image, turns)[0] for turns in (1, 3)] if narrow else []
-    return [view for view in turned if view is not None]  # of a stream: read once
+    turned = (crnn.try_load(image, turns)[0] for turns in (1, 3) if narrow)
+    return Loaded(pixels, reason, list(turned) if at_once else turned)
 
 
 def read_chunk(images, known, model):
     """The Readings of images, None for one that cannot be read. known: see crnn.read_images."""
     # Threads are enough: Pillow releases the GIL
-    with ThreadPoolExecutor(max(1, NUM_THREADS)) as threads:
-        loaded = list(threads.map(try_load, images))
-    there = [i for i, (image, _) in enumerate(loaded) if image is not None]
-    pixels, kinds = [loaded[i][0] for i in there], [known[i] for i in there]
+    loaded = thread_map(load, images, max_workers=max(1, NUM_THREADS), disable=True)
+    there = [i for i, image in enumerate(loaded) if image.pixels is not None]
+    pixels, kinds = [loaded[i].pixels for i in there], [known[i] for i in there]
     readings = dict(zip(there, crnn.read_images(model, pixels, max(1, BATCH_SIZE), kinds)))
     unsure = [i for i in there if readings[i].confidence < SURE]
-    turned = [(i, view) for i in unsure for view in quarter_turns(images[i], loaded[i][0])]
+    turned = [(i, view) for i in unsure for view in loaded[i].turned if view is not None]
     views, kinds = [view for _, view in turned], [known[i] for i, _ in turned]
     others = crnn.read_images(model, views, max(1, BATCH_SIZE), kinds)
     for (i, _), other in zip(turned, others):  # three characters or more: a lone I would be a dash
         if len(other.text) > 2 and other.confidence > readings[i].confidence:
             readings[i] = other
-    for _, reason in loaded:
-        if reason:
-            print(f"skipped: {reason}", file=sys.stderr, flush=True)
+    for image in loaded:
+        if image.reason:
+            print(f"skipped: {image.reason}", file=sys.stderr, flush=True)
     return [readings.get(i) for i in range(len(images))]
 
 
@@ -360,9 +351,8 @@ def write_check(rows):
         remedy = "read each drive in a run of its own to correct them on a page"
         raise InputError(f"the images are on two drives: {remedy}") from None
     file = os.path.basename(free_name(folder / "labels.csv"))
-    with ThreadPoolExecutor(max(1, NUM_THREADS)) as threads:
-        thumbnails = threads.map(thumbnail, rows.image_path)
-        images = list(crnn.progress(thumbnails, desc="check.html", total=len(rows)))
+    how = dict(max_workers=max(1, NUM_THREADS), desc="check.html", unit="img", disable=None)
+    images = thread_map(thumbnail, rows.image_path, **how)
     paths = [Path(os.path.relpath(path, folder)).as_posix() for path in rows.image_path]
     rows = rows.assign(path=paths, text=rows.prediction, image=images).round({"confidence": 2})
     rows = rows[["path", "text", "confidence", "unrestricted", "others", "image"]]
