@@ -104,9 +104,9 @@ if hasattr(os, "register_at_fork"):  # a forked child would wait for its parent'
     os.register_at_fork(after_in_child=partial(torch.set_num_threads, 1))
 
 
-def progress(iterable=None, **options):
+def progress(**options):
     """A tqdm bar that counts images, shown by the first process only and not in log files."""
-    return tqdm(iterable, unit="img", disable=rank() > 0 or None, **options)
+    return tqdm(unit="img", disable=rank() > 0 or None, **options)
 
 
 # ---- Charset
@@ -365,11 +365,6 @@ def frames_needed(target):
     6
     """
     return len(target) + sum(a == b for a, b in zip(target, target[1:]))
-
-
-def fits(label, image):
-    """Whether an image (HEIGHT, W) has the frames that its label needs."""
-    return frames_needed(label) <= num_frames(image.shape[1])
 
 
 # ---- Network

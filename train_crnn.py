@@ -108,8 +108,8 @@ def reason_to_skip(label, image, reason, charset):
         return few, unknown[0]
     if image is None:
         return "missing or unreadable image", reason
-    if not crnn.fits(label, image):
-        needed, frames = crnn.frames_needed(label), crnn.num_frames(image.shape[1])
+    needed, frames = crnn.frames_needed(label), crnn.num_frames(image.shape[1])
+    if needed > frames:
         return "label that cannot fit its image", f"it needs {needed} frames, but has {frames}"
     return None, ""
 
