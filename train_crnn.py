@@ -84,9 +84,8 @@ def recipe():
 def read_rows(known):
     """All rows of DATA_CSV, and the Charset: known characters and those common enough in train."""
     rows = crnn.add_split(crnn.read_labels(DATA_CSV))
-    unknown_splits = sorted(set(rows.split) - {"train", "val", "test"})
-    if unknown_splits:
-        raise InputError(f"{DATA_CSV} has the split {unknown_splits[0]!r}: use train, val or test")
+    if unknown := sorted(set(rows.split) - {"train", "val", "test"}):
+        raise InputError(f"{DATA_CSV} has the split {unknown[0]!r}: use train, val or test")
     counts = rows.label[rows.split == "train"].map(set).explode().value_counts()
     new = sorted(c for c, n in counts.items() if n >= MIN_CHARACTER_ROWS and c not in known)
     new = "".join(filter(str.isprintable, new))  # no tabs, zero-width or other invisible characters
@@ -347,16 +346,15 @@ def make_model(charset):
         sizes = {name: recipe()[name] for name in ("channels", "hidden", "blocks", "row_blocks")}
         return CRNN(charset, dropout=DROPOUT, **sizes)
     start = crnn.load_checkpoint(INIT_WEIGHTS, learn=True)
-    model, known = CRNN(charset, dropout=DROPOUT, **start.architecture), start.charset.index
+    model = CRNN(charset, dropout=DROPOUT, **start.architecture)
     model.known_classes = start.charset.num_classes  # the first; new characters follow
     model.calibration = start.calibration
     model.cnn.load_state_dict(start.cnn.state_dict())
     model.lstm.load_state_dict(start.lstm.state_dict())
+    classes = [BLANK, *charset.encode(start.charset.characters)]  # in this charset
     with torch.no_grad():
         for new, old in zip(model.linear.parameters(), start.linear.parameters()):
-            new[BLANK] = old[BLANK]  # (C,) or (C, D), of both charsets
-            for c in filter(known.get, charset.characters):
-                new[charset.index[c]] = old[known[c]]
+            new[classes] = old  # (C,) or (C, D), of both charsets
     new = " ".join(start.charset.unknown(charset.characters)) or "none"
     print(f"starting from {INIT_WEIGHTS}; characters new to it: {new}")
     return model
@@ -416,8 +414,8 @@ def train_step(net, parts, images, targets, lengths):
     net.zero_grad()
     (losses[0] + recipe()["shortcut_weight"] * sum(losses[1:])).backward()
     nn.utils.clip_grad_norm_(net.parameters(), 5.0)  # the first steps can be far larger
-    for optimizer in (parts["muon"], parts["adamw"]):
-        optimizer.step()
+    for name in ("muon", "adamw", "muon schedule", "adamw schedule"):
+        parts[name].step()
     return losses[0].detach()
 
 
@@ -433,8 +431,6 @@ def train_epoch(net, parts, buckets, epoch, epochs):
     with crnn.progress(total=count, desc=f"epoch {epoch}/{epochs}", leave=False) as bar:
         for bucket, indices in batches:
             losses.append(train_step(net, parts, *bucket[indices]))
-            parts["muon schedule"].step()
-            parts["adamw schedule"].step()
             parts["average"].update_parameters(model)
             bar.update(len(indices))
     losses = torch.stack(losses).tolist()
