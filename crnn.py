@@ -72,8 +72,7 @@ class InputError(ValueError):
 def run(main, *arguments):
     """Run a script's main and exit with its status: the one place where an error becomes a line."""
     if hasattr(sys.stdout, "reconfigure"):  # for a Windows console, and names that are not UTF-8
-        look = dict(encoding="utf-8", errors="backslashreplace", line_buffering=True)
-        sys.stdout.reconfigure(**look)
+        sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace", line_buffering=True)
     if not arguments and len(sys.argv) > 1:
         print(f"{sys.argv[0]} takes no arguments: edit the constants at its top", file=sys.stderr)
         sys.exit(2)
@@ -114,8 +113,7 @@ class Charset:
     """The characters a model knows: class 0 is the CTC blank, class i is characters[i - 1]."""
 
     def __init__(self, characters):
-        repeated = sorted({c for c in characters if characters.count(c) > 1})
-        if repeated:
+        if repeated := [c for c in characters if characters.count(c) > 1]:
             raise InputError(f"the charset holds {describe(repeated[0])} more than once: keep one")
         if not characters:
             raise InputError("the charset is empty: give it at least one character")
@@ -175,8 +173,7 @@ def load_image(source, turns=0):
             if not turns and getattr(image, "n_frames", 1) > 1 and image.format != "MPO":  # a photo
                 print(f"{name} has {image.n_frames} pages: the first is read", file=sys.stderr)
         check_lines(grey)
-        first = scale(grey)  # as it is, to see how large its text is
-        pixels = scale(grey, *closer_view(first))  # with that text at the usual size and pitch
+        pixels = scale(grey, *closer_view(scale(grey)))  # first as it is: how large is its text?
     except FileNotFoundError:
         raise InputError(f"{name}: no such file or folder") from None
     except UnidentifiedImageError:
@@ -305,8 +302,7 @@ def closer_view(image):
         return 0.0, 1.0, 1.0, SMOOTHING
     ink = ink[top:bottom]
     starts = np.count_nonzero(ink[:, 1:] > ink[:, :-1], axis=1) + ink[:, 0]  # of each row, (H,)
-    fullest = np.sort(starts)[-max(1, len(ink) // 3) :]  # the third that crosses the most strokes
-    strokes = float(fullest.mean())
+    strokes = float(np.sort(starts)[-max(1, len(ink) // 3) :].mean())  # in the fullest third
     if strokes < MIN_STROKES:  # do not crop: place and size tell a comma from a quote, c from C
         return 0.0, 1.0, 1.0, SMOOTHING * line
     width = int(np.ptp(np.flatnonzero(ink.any(0)))) + 1  # from the first inked column to the last
@@ -506,14 +502,11 @@ def make_reading(charset, log_probs, target, peaks, confidence):
     """A Reading of a line: log_probs (T, C), the classes read, and the frame of each."""
     probabilities = log_probs[peaks].exp()  # (characters, C)
     likeliest = probabilities.topk(min(4, probabilities.shape[1]))  # (characters, 4)
-    read = probabilities[range(len(target)), target].tolist()
-    places = zip(target, read, likeliest.indices.tolist(), likeliest.values.tolist())
-    characters = []
-    for c, p, *likely in places:
-        others = [(i, q) for i, q in zip(*likely) if i not in (c, BLANK) and q >= MIN_ALTERNATIVE]
-        others = [(charset.characters[i - 1], q) for i, q in others]
-        characters.append(Character(charset.characters[c - 1], p, others))
-    text = charset.decode(target)
+    text, characters = charset.decode(target), []
+    for c, classes, shares in zip(text, likeliest.indices.tolist(), likeliest.values.tolist()):
+        likely = {charset.characters[i - 1]: p for i, p in zip(classes, shares) if i != BLANK}
+        others = [(o, p) for o, p in likely.items() if o != c and p >= MIN_ALTERNATIVE]
+        characters.append(Character(c, shares[0], others))  # what is read is the likeliest
     # A wide margin looks like a space, and no label begins or ends with one.
     kept = slice(len(text) - len(text.lstrip(" ")), len(text.rstrip(" ")))
     return Reading(text.strip(" "), confidence, characters[kept])
