@@ -81,8 +81,7 @@ def export_onnx(path, model):
 
     Its metadata hold the charset: class 0 is the CTC blank, class i is charset[i - 1].
     """
-    missing = [name for name in ("onnx", "onnxscript") if importlib.util.find_spec(name) is None]
-    if missing:
+    if missing := [p for p in ("onnx", "onnxscript") if not importlib.util.find_spec(p)]:
         raise InputError(f"writing {path} needs packages: pip install {' '.join(missing)}")
     example = torch.zeros(2, 1, crnn.HEIGHT, 96)  # N and W may be any others
     sizes = {0: torch.export.Dim("N", min=1, max=2**12), 3: torch.export.Dim("W", min=8, max=2**14)}
@@ -254,13 +253,11 @@ def know_each(samples, charset):
     """The crnn.Known of each sample, made once for each kind: a form's fields are of few kinds."""
     known = {("", ""): crnn.know(charset, ALLOWED, LEXICON)}
     for path, *_, allowed, lexicon in samples:
-        if (allowed, lexicon) in known:
-            continue
         try:
-            limits = crnn.know(charset, allowed or ALLOWED, lexicon or LEXICON)
+            if (allowed, lexicon) not in known:
+                known[allowed, lexicon] = crnn.know(charset, allowed or ALLOWED, lexicon or LEXICON)
         except InputError as error:
             raise InputError(f"{path}: {error}") from None
-        known[allowed, lexicon] = limits
     return [known[sample.allowed, sample.lexicon] for sample in samples]
 
 
@@ -412,8 +409,7 @@ def write_report(rows):
 # ---- Main
 def main(arguments=()):
     """Read what the arguments name, or some test rows. Returns the exit status."""
-    options = {a for a in arguments if a.startswith("-") and not os.path.exists(a)}
-    if options:
+    if options := {a for a in arguments if a.startswith("-") and not os.path.exists(a)}:
         print(__doc__)
         if options & {"-h", "--help"}:
             return 0
