@@ -590,8 +590,7 @@ def read_lexicon(lexicon):
             raise InputError(f"LEXICON: no file {lexicon}; texts themselves go in a list") from None
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(f"LEXICON: {lexicon} is not a text file in UTF-8 ({error})") from None
-    texts = [] if isinstance(lexicon, CONTENTS) else list(lexicon)  # an iterator is read once
-    kinds = str, int, np.integer
+    texts, kinds = list(lexicon), (str, int, np.integer)  # an iterator is read once
     if isinstance(lexicon, CONTENTS) or not all(isinstance(text, kinds) for text in texts):
         raise InputError("LEXICON must be a file with a text per line, or a list of texts")
     texts = [normalize("NFC", re.sub(SPACES, " ", str(text))).strip() for text in texts]
@@ -853,8 +852,8 @@ def load_checkpoint(path, device="cpu", learn=False):
     return model.to(device) if learn else folded(model.to(device))
 
 
-def read_csv(csv_path):
-    """A csv as a DataFrame of strings. InputError, one line with the fix: it cannot be read."""
+def read_labels(csv_path):
+    """A csv of the data.csv form as a DataFrame of strings: NA, null and 007 stay what they are."""
     import pandas as pd  # here, so that reading a single image does not wait for it
 
     try:
@@ -868,19 +867,13 @@ def read_csv(csv_path):
         raise InputError(f"{csv_path} {reason}: write UTF-8, quote fields with a comma") from None
     if not isinstance(rows.index, pd.RangeIndex):  # pandas has made the first field an index
         raise InputError(f"{csv_path} has too many fields in a line: quote labels with commas")
-    return rows.rename(columns=lambda name: name.strip().lower())
-
-
-def read_labels(csv_path):
-    """A csv of the data.csv form as a DataFrame of strings: NA, null and 007 stay what they are."""
-    rows = read_csv(csv_path)
+    rows = rows.rename(columns=lambda name: name.strip().lower())
     if rows.columns.has_duplicates:  # as Label and label are now
         raise InputError(f"{csv_path} names a column twice: {','.join(rows.columns)}")
     for column in ("image_path", "label"):  # data.csv adds source and split
         if column not in rows.columns:
-            wanted = "its first line must be image_path,label with a comma"
-            found = f"(found: {','.join(rows.columns)})"
-            raise InputError(f"{csv_path} has no column {column}: {wanted} {found}")
+            wanted = f"its first line must be image_path,label, not {','.join(rows.columns)}"
+            raise InputError(f"{csv_path} has no column {column}: {wanted}")
     rows = rows.fillna("")  # a line with too few fields leaves NaN behind
     rows = rows.assign(label=clean(rows.label, csv_path))
     rows = rows[(rows != "").any(axis=1)].reset_index(drop=True)  # without Excel's empty lines
