@@ -209,9 +209,8 @@ def list_samples(arguments):
             images = {file for file in files if kinds.get(file.suffix.lower()) in Image.OPEN}
             samples += map(Sample, sorted(images))
             if others := sorted(files - images):
-                such = ", ".join(file.name for file in others[:3])
-                reason = f"{len(others):,} in no format that Pillow reads, such as {such}"
-                print(f"{path}: {reason}", file=sys.stderr)
+                such = f"{len(others):,} in no format that Pillow reads, such as {others[0].name}"
+                print(f"{path}: {such}", file=sys.stderr)
         elif path.suffix.lower() == ".csv":
             samples += list_csv(path)
         else:
@@ -429,8 +428,7 @@ def main(arguments=()):
     lines = []  # printed at the end, where nobody may be listening any more
     if len(labelled):
         labelled = labelled.assign(source=labelled.source.replace("", "unnamed"))
-        with suppress(BrokenPipeError):
-            print(f"{crnn.format_score_table(crnn.score_table(labelled))}\n")
+        lines.append(f"{crnn.format_score_table(crnn.score_table(labelled))}\n")
         if REPORT_DIR:
             lines.append(f"report: {write_report(labelled).as_posix()}")
     if len(bare) and REPORT_DIR:
