@@ -537,7 +537,7 @@ def write_history(history, curves):
         figure.savefig(temporary, format="png", dpi=80)
 
 
-def end_epoch(state, net, parts, losses, started, val, count, epochs):
+def end_epoch(state, parts, losses, started, val, count, epochs):
     """Read the val rows, print how the epoch went, and save what is worth keeping."""
     model = mix_in(parts["start"], parts["average"].module)
     epoch, speed = state["epoch"] + 1, count / (time.perf_counter() - started)
@@ -560,7 +560,7 @@ def end_epoch(state, net, parts, losses, started, val, count, epochs):
         facts |= {f"{measure} {source}": float(v) for source, v in table[measure].items()}
     state["history"].append(facts)
     save_if_best(state, model, exact, cer, count, len(val))
-    saved = {name: part.state_dict() for name, part in dict(parts, net=net).items()}
+    saved = {name: part.state_dict() for name, part in parts.items()}
     crnn.save_tensors(resume_path(), state | saved)
     try:
         write_history(state["history"], curves=shown)
@@ -627,7 +627,7 @@ def main():
     net = WithShortcut(make_model(charset)).to(device)
     parts = make_optimizers(net, epochs * number)
     parts["average"] = AveragedModel(net.crnn, avg_fn=average_in, use_buffers=True)
-    parts["start"] = copy.deepcopy(net.crnn)
+    parts |= dict(net=net, start=copy.deepcopy(net.crnn))
     weights = f"{sum(p.numel() for p in net.crnn.parameters()):,} weights"
     dtype = crnn.compute_dtype(device.type, PRECISION)
     print(f"{weights}, {epochs} epochs of {number:,} batches on {device} in {dtype}")
@@ -637,7 +637,7 @@ def main():
     state["calibration"] = parts["start"].calibration
     state["fingerprint"] = fingerprint(rows, epochs * number)
     if RESUME:
-        state = load_state(state["fingerprint"], dict(net=net, **parts))
+        state = load_state(state["fingerprint"], parts)
         parts["start"].known_classes = state["known_classes"]  # INIT_WEIGHTS may be MODEL_PATH
     elif INIT_WEIGHTS and rank() == 0:  # only the first process compares
         state["best"] = float(crnn.score_table(read(net.crnn, val)).exact.iloc[-1])
@@ -648,7 +648,7 @@ def main():
             started = time.perf_counter()
             losses = train_epoch(trained, parts, buckets, epoch, epochs)
             if rank() == 0:  # the others wait in their next step
-                end_epoch(state, net, parts, losses, started, val, count, epochs)
+                end_epoch(state, parts, losses, started, val, count, epochs)
     except KeyboardInterrupt:
         done = f"after epoch {state['epoch']}: RESUME = True continues"
         print(f"\nstopped {done if state['epoch'] else 'in epoch 1: nothing was saved'}")
