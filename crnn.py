@@ -363,6 +363,11 @@ def frames_needed(target):
     return len(target) + sum(a == b for a, b in zip(target, target[1:]))
 
 
+def fits(label, image):
+    """Whether an image (HEIGHT, W) has the frames that its label needs."""
+    return frames_needed(label) <= num_frames(image.shape[1])
+
+
 # ---- Network
 def convolution(inputs, outputs, kernel, stride=1, padding=0):
     """Convolution, batch norm, ReLU."""
@@ -829,7 +834,11 @@ def save_checkpoint(path, model):
 
 
 def load_checkpoint(path, device="cpu", learn=False):
-    """The CRNN that save_checkpoint wrote, folded for reading, or with learn=True to train on."""
+    """The CRNN that save_checkpoint wrote, folded for reading, or with learn=True to train on.
+
+    Raises InputError, one line, when it is missing, damaged, not a checkpoint of this project, or
+    learned from images of another preprocessing.
+    """
     remedy = "run python train_crnn.py first, or set MODEL_PATH (INIT_WEIGHTS) to another"
     if not Path(path).is_file():
         raise InputError(f"no {path}: {remedy}, or start in the project's folder")
@@ -853,7 +862,10 @@ def load_checkpoint(path, device="cpu", learn=False):
 
 
 def read_labels(csv_path):
-    """A csv of the data.csv form as a DataFrame of strings: NA, null and 007 stay what they are."""
+    """A csv of the data.csv form as a DataFrame of strings: NA, null and 007 stay what they are.
+
+    Raises InputError, one line with the fix, when it is missing, malformed, or lacks a column.
+    """
     import pandas as pd  # here, so that reading a single image does not wait for it
 
     try:

@@ -1354,8 +1354,7 @@ def is_readable(image, label):
     """Whether the network sees ink in an image, and has frames for all of its label."""
     # As an array: torch's threads hang in a forked worker, and a wide line stopped a run for good.
     seen = crnn.load_image(image).numpy()  # (HEIGHT, W)
-    fits = crnn.frames_needed(label) <= crnn.num_frames(seen.shape[1])
-    return fits and int((seen < 128).sum()) >= 3  # pixels: a full stop
+    return crnn.fits(label, seen) and int((seen < 128).sum()) >= 3  # pixels: a full stop
 
 
 def draw(line, tool):

@@ -107,8 +107,8 @@ def reason_to_skip(label, image, reason, charset):
         return few, unknown[0]
     if image is None:
         return "missing or unreadable image", reason
-    needed, frames = crnn.frames_needed(label), crnn.num_frames(image.shape[1])
-    if needed > frames:
+    if not crnn.fits(label, image):
+        needed, frames = crnn.frames_needed(label), crnn.num_frames(image.shape[1])
         return "label that cannot fit its image", f"it needs {needed} frames, but has {frames}"
     return None, ""
 
