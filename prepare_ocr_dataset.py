@@ -225,8 +225,7 @@ def acceptable(label):
 
 
 # ---- Fonts. A font draws only characters it has, and only those it draws unlike all its others.
-# Pairs that many fonts draw alike, and the overlap above which nobody tells them apart, found by
-# looking at the fonts around it
+# Pairs that many fonts draw alike, and the overlap above which, seen by eye, they are the same
 SAME_FROM = {"O0": 0.75, "Il": 0.72, "I|": 0.72, "l|": 0.72, "1l": 0.72, "1I": 0.72}
 SPACES = [1.7] * 9 + [6]  # the widest space, in the font's spaces; one line in ten has columns
 
@@ -409,8 +408,7 @@ def typeset_by_trdg(text, font):
     ink = np.asarray(image.getchannel("A"), dtype=np.float32) / 255  # (H, W)
     face = typeface(font.path, font.size)
     (_, top, _, bottom), (ascent, descent) = face.getbbox(text, anchor="ls"), face.getmetrics()
-    # Beyond the line or the last advance
-    cut = -top > ascent or bottom > descent or ink[:, [0, 1, -2, -1]].any()
+    cut = -top > ascent or bottom > descent or ink[:, [0, 1, -2, -1]].any()  # beyond its line
     return None if cut else ink
 
 
@@ -442,10 +440,7 @@ def fetch_emnist():
 
 @cache
 def emnist(split):
-    """Upright EMNIST characters of a split, white on black, uint8 (n, 28, 28), and labels (n,).
-
-    And character -> its places among them.
-    """
+    """A split's images, white on black, uint8 (n, 28, 28), labels (n,), and label -> its places."""
     from torchvision import datasets
 
     folder, train = f"{DATASETS_DIR}/emnist", split != "test"
@@ -703,10 +698,7 @@ SIGNS = {
 
 
 def put_together(c, writers):
-    """The strokes of a sign of SIGNS as strokes_of has them, by the first of writers who can.
-
-    writers: of each, character -> numbers of samples. None where nobody has all its parts.
-    """
+    """The strokes of a sign of SIGNS, by the first of these writers who has its parts, or None."""
     able = (w for w in writers if all(set(parts) & w.keys() for parts, *_ in SIGNS[c]))
     writer, sign = next(able, None), []
     for parts, *box in SIGNS[c] if writer else []:
@@ -768,10 +760,7 @@ class Hand(NamedTuple):
 
 
 def pick_hand(line):
-    """A Hand for a Line: of EMNIST, of everybody who wrote the label as a whole, or of one person.
-
-    None where nobody has written all of its letters and digits. In training it leans and hurries.
-    """
+    """A Hand for a Line: EMNIST's, that of all people or of one who has its letters, or None."""
     split, kind, samples = line.split, line.source.kind, {}
     if line.source.pen is retrace:
         samples = people(split).texts
@@ -882,10 +871,7 @@ def write_character(c, hand):
 
 
 def trace(strokes, scale, hand):
-    """Strokes as a round pen draws them, uint8 (h, w), tight around the ink, and its ends, (2, 2).
-
-    It leaves off where the stroke of most points ends: dots and bars wait until a word is done.
-    """
+    """Strokes as a round pen draws them, uint8 (h, w), no larger than the ink, and ends, (2, 2)."""
     width = max(2, round(2 * hand.stroke * hand.capital))  # twice as large first, to be smooth
     # Not as a matrix product, whose last bit differs between processors
     lines = [np.stack([hand.wide * x - hand.slant * y, y], 1) for x, y in (s.T for s in strokes)]
@@ -898,6 +884,7 @@ def trace(strokes, scale, hand):
     for line in lines:  # in sixteenths of a pixel; a dot is a line to itself
         path = np.round(16 * (np.concatenate([line, line[-1:]]) - low + width // 2 + 1))
         cv2.polylines(glyph, [path.astype(np.int32)], False, 255, width, cv2.LINE_AA, shift=4)
+    # The pen leaves off at the end of the longest: dots and bars wait until a word is done.
     ends = np.stack([lines[0][0], max(lines, key=len)[-1]])  # (2, 2)
     glyph = cv2.resize(glyph, (size // 2).tolist(), interpolation=cv2.INTER_AREA)
     return glyph, (ends - low + width // 2 + 1) / 2
@@ -937,8 +924,7 @@ def warp(ink):
     tall, more = len(ink), len(ink) // 8  # rows to move into
     ink = np.pad(ink, ((more, more), (4, 4)))
     reach, patches = uniform(0, 0.2) * tall, uniform(1.5, 3)
-    # Where each pixel is taken from: (H, W) each
-    places = np.indices(ink.shape, np.float32)
+    places = np.indices(ink.shape, np.float32)  # where a pixel is taken from, (2, H, W)
     y, x = (place + reach * (clouds(ink.shape, patches) - 0.5) for place in places)
     ink = cv2.remap(ink, x, y, cv2.INTER_LINEAR)
     top, bottom, _, _ = ink_box(ink)
@@ -1312,10 +1298,7 @@ Line = namedtuple("Line", "label alone split source style texts")
 
 
 def sample(source, index):
-    """Image, uint8 (H, W), label, split and style of a sample: they follow from its number alone.
-
-    InputError: the constants leave next to no text to draw.
-    """
+    """Image, uint8 (H, W), label, split and style. InputError: the constants leave next to none."""
     random.seed(f"{SEED} {source} {index}")  # a string's seed is the same on every platform
     row, split = SOURCES[source], {1: "val", 2: "test"}.get(index % CYCLE, "train")
     if row.pen is None:  # a character as EMNIST has it, none twice
@@ -1381,10 +1364,7 @@ Chunk = namedtuple("Chunk", "source start number mark csv")
 
 
 def find_marks(sources):
-    """For each source, a hash of all that shapes its images.
-
-    Docstrings count; comments, counts and folders do not.
-    """
+    """For each source, a hash of all that shapes its images: not comments, counts and folders."""
     parts = [globals()[name] for name in SHAPING] + [crnn.preprocessing()]
     parts += [version("pillow"), version("trdg"), cv2.__version__, np.__version__]
     for script in (__file__, crnn.__file__):
