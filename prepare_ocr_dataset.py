@@ -231,8 +231,6 @@ SPACES = [1.7] * 9 + [6]  # the widest space, in the font's spaces; one line in 
 
 
 class Font(NamedTuple):
-    """A font file and what it may be asked for."""
-
     path: str
     kind: str  # PRINTED or HANDWRITTEN
     family: str
@@ -743,9 +741,7 @@ def load_places():
     return defaultdict(lambda: listed["A"], listed)
 
 
-class Hand(NamedTuple):
-    """How a line is written by hand; lengths are in heights of a capital."""
-
+class Hand(NamedTuple):  # of one line; lengths are in heights of a capital
     split: str
     capital: int  # the height of a capital in pixels
     stroke: float  # width of the pen
