@@ -454,7 +454,7 @@ def emnist(split):
 
 
 # ---- Pen strokes of UNIPEN's writers: downloaded and parsed once, then kept in one compact file
-CATEGORIES = "1a 1b 1c 1d 7 8".split()  # digits, capitals, small letters, signs; words, texts
+CATEGORIES = "[178]*"  # 1a to 1d: digits, capitals, small letters, signs; 7: words; 8: texts
 MISCOUNTED = {"lou"}  # contributors who count components otherwise: their words come out cut
 PER_CHARACTER, PER_TEXT = 8, 2  # samples kept of one character, one word or text, of one writer
 LONGEST = 40  # characters in a text; longer ones run over several lines
@@ -503,9 +503,8 @@ def download_unipen(folder):
 def parse_unipen(root, target):
     """Parse the files of root's data/ and include/ into one compact one; say what was skipped."""
     contributors = sorted({path.name for path in root.glob("data/*/*")} - MISCOUNTED)
-    bar = dict(desc="reading UNIPEN", chunksize=1, disable=None)  # None: no bar in a log file
-    workers = max(1, NUM_WORKERS)
-    parts = process_map(partial(parse, root), contributors, max_workers=workers, **bar)
+    bar = dict(desc="reading UNIPEN", max_workers=max(1, NUM_WORKERS), chunksize=1)
+    parts = process_map(partial(parse, root), contributors, disable=None, **bar)  # not in log files
     samples = [sample for part, _ in parts for sample in part]
     if not samples:
         raise InputError(f"no pen strokes can be read in {root}")
@@ -528,8 +527,7 @@ def parse_unipen(root, target):
 def parse(root, contributor):
     """What is kept of a contributor's samples, Written, and a Counter of why others are not."""
     skipped, groups = Counter(), defaultdict(list)
-    folders = [root / "data" / category / contributor for category in CATEGORIES]
-    files = [path for folder in folders for path in folder.rglob("*") if path.is_file()]
+    files = filter(Path.is_file, root.glob(f"data/{CATEGORIES}/{contributor}/**/*"))
     # By name, since a file of the same name in another category mostly cuts up the same ink.
     for path in sorted(files, key=lambda path: path.parts[::-1]):
         for sample in read_samples(path, root, skipped):
