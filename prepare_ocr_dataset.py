@@ -462,9 +462,9 @@ STROKES_HEIGHT = 128  # a writer's median character becomes so high, and so does
 IN_PIECES = set('+=:;"#!?$%*')  # a single stroke with such a label is only a piece of the sign
 TOLERANCE = 1.3  # how far a simplified line may lie from the written one, in the same unit
 
-# All steps between points (points, 2), and of each sample where its points begin, how many each of
-# its strokes has, its writer (contributor/name), and its label
-Samples = namedtuple("Samples", "steps points strokes writers labels")
+# Of each sample the steps from point to point (points, 2), how many points each of its strokes has,
+# its writer (contributor/name), and its label
+Samples = namedtuple("Samples", "steps points writers labels")
 # A sample before it is packed: its strokes (points, 2) each, y down
 Written = namedtuple("Written", "strokes label writer")
 
@@ -641,10 +641,10 @@ def believable(strokes, label):
 def load_strokes():
     """The Samples of UNIPEN's compact file."""
     with np.load(strokes_path()) as file:
-        steps, points, ends = file["steps"], file["points"], file["strokes"].cumsum()
+        points, ends = file["points"], file["strokes"].cumsum()[:-1]
+        steps = np.split(file["steps"], points.cumsum()[ends - 1])
         writers, labels = (str(file[name]).split("\n") for name in ("writers", "labels"))
-    starts = [0, *points.cumsum()[ends - 1].tolist()]
-    return Samples(steps, starts, np.split(points, ends[:-1]), writers, labels)
+    return Samples(steps, np.split(points, ends), writers, labels)
 
 
 # What the writers of a split have written, as numbers of samples. texts: label -> its samples, of
@@ -672,9 +672,8 @@ def people(split):
 def strokes_of(number):
     """The strokes of a sample, a list of float32 (points, 2), y down, near (0, 0)."""
     samples = load_strokes()
-    steps = samples.steps[samples.points[number] : samples.points[number + 1]]
-    places = steps.astype(np.int32).cumsum(0).astype(np.float32)  # (points, 2)
-    return np.split(places, np.cumsum(samples.strokes[number])[:-1])
+    places = samples.steps[number].astype(np.int32).cumsum(0).astype(np.float32)  # (points, 2)
+    return np.split(places, samples.points[number].cumsum()[:-1])
 
 
 # Signs that UNIPEN lacks, put together of what their writer has, and an x as many write it who join
