@@ -869,8 +869,7 @@ def trace(strokes, scale, hand):
     # Not as a matrix product, whose last bit differs between processors
     lines = [np.stack([hand.wide * x - hand.slant * y, y], 1) for x, y in (s.T for s in strokes)]
     lines = [line * np.float32(2 * scale) for line in lines]  # (points, 2) each
-    if hand.haste:
-        lines = [hurry(line, 2 * hand.haste * hand.capital) for line in lines]
+    lines = [hurry(line, 2 * hand.haste * hand.capital) for line in lines]
     every = np.concatenate(lines)
     low, size = every.min(0), np.ceil(np.ptp(every, 0) / 2).astype(int) * 2 + 2 * (width // 2 + 1)
     glyph = np.zeros(size[::-1], np.uint8)
