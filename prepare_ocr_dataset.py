@@ -1462,16 +1462,15 @@ def count_images():
 
 def custom_rows():
     """The rows of labels.csv in datasets/custom and in its folders, in the form of data.csv."""
-    datasets, tables = Path(DATASETS_DIR), {}
+    datasets, tables, listed = Path(DATASETS_DIR), {}, set()
     folder = datasets / "custom"
     paths = sorted(folder.rglob("labels*.csv"))
     with_labels = {path.parent for path in paths}
     for place in sorted({folder, *folder.glob("*/")} - with_labels):
         if any(place.glob("*.*")) and folder not in with_labels:  # whose csv may name any image
             print(f"{place.as_posix()} is skipped: it has no labels.csv with image_path,label")
-    # The newest last: of an image that two files name, as after a second round of corrections, the
-    # newer label counts.
-    for path in sorted(paths, key=lambda path: path.stat().st_mtime_ns):
+    # The newest first, since of an image corrected twice and so in two files, its label counts.
+    for path in sorted(paths, key=lambda path: path.stat().st_mtime_ns)[::-1]:
         rows = crnn.read_labels(path)
         rows = rows.assign(source=rows.get("source", path.parent.name), style="custom")
         rows = crnn.add_split(rows)
@@ -1481,9 +1480,8 @@ def custom_rows():
         except ValueError:  # of Windows: no path leads there
             raise InputError(f"{path}: images on another drive, move them to {folder}") from None
         rows["image_path"] = [Path(image).as_posix() for image in images]
-        for other, table in tables.items():
-            tables[other] = table[~table.image_path.isin(rows.image_path)]
-        tables[path] = rows[COLUMNS]
+        tables[path] = rows[~rows.image_path.isin(listed)][COLUMNS]
+        listed.update(rows.image_path)
     none = pd.DataFrame(columns=COLUMNS)
     return pd.concat([none, *(tables[path] for path in paths)], ignore_index=True)
 
