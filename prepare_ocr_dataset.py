@@ -1351,8 +1351,8 @@ def draw(line, tool):
 
 
 # ---- Drawing, a chunk at a time. A chunk is done once its csv, written last, has the current mark.
-# A task for a worker: so many images of a source from index start on
-Chunk = namedtuple("Chunk", "source start number mark csv")
+# A task for a worker: the images of a source with these indices
+Chunk = namedtuple("Chunk", "source indices mark csv")
 
 
 def find_marks(sources):
@@ -1363,11 +1363,10 @@ def find_marks(sources):
         code = Path(script).read_text(encoding="utf-8").split("# " + "-" * 98 + "\n", 2)[-1]
         # Without comments; as text, since ast differs between Pythons
         parts.append(re.sub(r"(?m)^ *# .*\n|  # .*$", "", code))
+    parts += [(Path(font.path).name, font.kind) for font in find_fonts()[0]]
     files = [TEXTS_FILE, WORDS_FILE, LEFT_OUT_FILE, PLACES_FILE]
-    for font in find_fonts()[0]:
-        files.append(Path(font.path))
-        parts += [files[-1].name, font.kind]
-    parts += [zlib.crc32(path.read_bytes()) for path in files]
+    files += [font.path for font in find_fonts()[0]]
+    parts += [zlib.crc32(Path(file).read_bytes()) for file in files]
     common, strokes = f"{zlib.crc32(repr(parts).encode()):08x}", ""
     if strokes_path().exists():  # perhaps only later: no print is drawn again for it
         strokes = f" {zlib.crc32(strokes_path().read_bytes()):08x}"
@@ -1377,8 +1376,8 @@ def find_marks(sources):
 def rows_of(chunk):
     """The rows of a chunk that is done, a DataFrame, or None."""
     with contextlib.suppress(InputError, KeyError):  # not there, or damaged
-        rows = crnn.read_labels(chunk.csv).head(chunk.number)
-        present = len(rows) == chunk.number and (rows["mark"] == chunk.mark).all()
+        rows = crnn.read_labels(chunk.csv).head(len(chunk.indices))
+        present = len(rows) == len(chunk.indices) and (rows["mark"] == chunk.mark).all()
         data_csv = chunk.csv.parents[1] / "data.csv"  # whose paths these are
         if present and all(map(Path.exists, crnn.image_paths(rows, data_csv))):
             return rows[COLUMNS]
@@ -1391,14 +1390,14 @@ def draw_chunk(constants, chunk):
     cv2.setNumThreads(1)  # there is a worker to a processor already
     chunk.csv.parent.mkdir(parents=True, exist_ok=True)
     chunk.csv.unlink(missing_ok=True)  # its labels are those of the images about to be replaced
-    rows, names = [], ["image_path", "mark", "source", "label", "split", "style"]
-    for index in range(chunk.start, chunk.start + chunk.number):
-        image, *facts = sample(chunk.source, index)
+    rows = []
+    for index in chunk.indices:
+        image, label, split, style = sample(chunk.source, index)
         path = chunk.csv.with_name(f"{index:05}.png")
         Image.fromarray(image).save(path, compress_level=1)  # small enough, and quickly
-        rows.append((f"{chunk.source}/{path.name}", chunk.mark, chunk.source, *facts))
-    crnn.write_labels(pd.DataFrame(rows, columns=names), chunk.csv)
-    return chunk.number
+        rows.append((f"{chunk.source}/{path.name}", label, chunk.source, split, style))
+    crnn.write_labels(pd.DataFrame(rows, columns=COLUMNS).assign(mark=chunk.mark), chunk.csv)
+    return len(rows)
 
 
 def draw_all(counts):
@@ -1406,19 +1405,18 @@ def draw_all(counts):
     chunks, marks, folder = [], find_marks(counts), Path(DATASETS_DIR)
     for source, count in counts.items():
         for start in range(0, count, CHUNK):
-            csv_path = folder / source / f"{start:05}.csv"
-            chunks.append(Chunk(source, start, min(CHUNK, count - start), marks[source], csv_path))
+            indices, csv_path = range(count)[start : start + CHUNK], f"{source}/{start:05}.csv"
+            chunks.append(Chunk(source, indices, marks[source], folder / csv_path))
     missing = [chunk for chunk in chunks if rows_of(chunk) is None]
-    for place in (folder, *(folder / source for source in counts)):
-        for leftover in place.glob(".*.part"):  # of whole_file in a process that was killed
-            leftover.unlink(missing_ok=True)
+    for leftover in [*folder.glob(".*.part"), *folder.glob("*/.*.part")]:  # of killed processes
+        leftover.unlink(missing_ok=True)
     if missing:  # the labels of the former images
         (folder / "data.csv").unlink(missing_ok=True)
     cv2.setNumThreads(1)  # before the fork: a worker would wait for ever for threads left behind
     # A spawned worker has the constants as written in this file: give it the current values.
     constants = {name: globals()[name] for name in [*SHAPING, "FONTS_DIR", "DATASETS_DIR"]}
     task = partial(draw_chunk, constants)
-    new = sum(chunk.number for chunk in missing)
+    new = sum(len(chunk.indices) for chunk in missing)
     workers, bar = max(1, NUM_WORKERS), crnn.progress(desc="drawing", total=new)
     with ProcessPoolExecutor(workers) as pool, bar:
         for number in (pool.map if workers > 1 else map)(task, missing):
