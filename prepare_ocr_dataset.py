@@ -252,8 +252,7 @@ def find_fonts():
     for path in sorted(Path(FONTS_DIR).rglob("*"), key=Path.as_posix):  # one order on all systems
         if path.suffix.lower() not in {".ttf", ".otf", ".woff", ".woff2"} or path.name[0] == ".":
             continue  # such as a Mac's ._ files
-        folders = path.relative_to(FONTS_DIR).parts[:-1]
-        kind = HANDWRITTEN if "handwriting" in folders else PRINTED
+        kind = HANDWRITTEN if "handwriting" in path.relative_to(FONTS_DIR).parts else PRINTED
         try:
             font = survey_font(str(path), kind, CHARSET)
             known = font.characters - set(left_out.get(font.family, ""))
@@ -264,8 +263,7 @@ def find_fonts():
     for kind, families in held_out.items():
         if families:
             notes.append(f"{kind} held out for validation and test: {', '.join(sorted(families))}")
-    fonts = [font._replace(held_out=font.family in held_out[font.kind]) for font in fonts]
-    return tuple(fonts), tuple(notes)
+    return [font._replace(held_out=font.family in held_out[font.kind]) for font in fonts], notes
 
 
 def survey_font(path, kind, charset):
@@ -318,10 +316,10 @@ def overlap(face, a, b):
 
 def held_out_families(fonts, kind):
     """The families of a kind that only validation and test images are drawn in."""
-    drawn = {}  # family -> its characters, in the order of a hash
+    drawn = defaultdict(set)  # family -> its characters, in the order of a hash
     for font in sorted(fonts, key=lambda font: hashlib.sha256(font.family.encode()).digest()):
         if font.kind == kind:
-            drawn[font.family] = drawn.get(font.family, frozenset()) | font.characters
+            drawn[font.family] |= font.characters
     chosen = list(drawn)[: min(math.ceil(HELD_OUT_FONTS * len(drawn)), len(drawn) - 1)]  # not all
     for c in sorted(set().union(*drawn.values())):  # few have √, and none is to be untested
         able = [family for family in drawn if c in drawn[family]]
