@@ -1129,8 +1129,8 @@ def lost_points(ink):
     return ink * np.where(small, uniform(0.1, 0.7), 1).astype(np.float32)[places]
 
 
-def blur(ink, least=0.4, most=0.9):
-    return cv2.GaussianBlur(ink, (0, 0), uniform(least, most))
+def blur(ink):
+    return cv2.GaussianBlur(ink, (0, 0), uniform(0.4, 0.9))
 
 
 def faded(ink, patches=4, least=0.5, grain=0.0, dead=0.0):
@@ -1482,9 +1482,9 @@ def custom_rows():
     return pd.concat([none, *(tables[path] for path in paths)], ignore_index=True)
 
 
-def contact_sheet(path, cells, columns, width=230):
+def contact_sheet(path, cells, columns):
     """Save a sheet of cells to look at: (path, PIL image or None; captions, two (text, colour))."""
-    margin, tall, line = 6, 40, 17  # pixels: around a cell, height of an image, of a caption
+    width, margin, tall, line = 230, 6, 40, 17  # pixels: a cell, around it; an image, a caption
     height = tall + 2 * line + margin
     font = ImageFont.truetype(str(OURS / "DejaVuSans.ttf"), 13)  # it has every sign of the charset
     rows = max(1, math.ceil(len(cells) / columns))
