@@ -627,12 +627,11 @@ def believable(strokes, label):
     if height > 330 or not max(14, 0.15 * height) < width / len(label) < 330:
         return False
     # Gaps between pieces of ink: a space must show as one, and a word must not fall apart.
-    spans = sorted((stroke[:, 0].min(), stroke[:, 0].max()) for stroke in strokes)
-    reach = np.maximum.accumulate([right for _, right in spans])
-    gaps = sorted((left - r for (left, _), r in zip(spans[1:], reach)), reverse=True)
+    left, right = np.array(sorted((s[:, 0].min(), s[:, 0].max()) for s in strokes)).T
+    gaps = np.sort(left[1:] - np.maximum.accumulate(right)[:-1])[::-1]  # the widest first
     spaces = label.count(" ")
     apart = len(gaps) >= spaces and all(12 < gap < 260 for gap in gaps[:spaces])
-    return apart and (not gaps[spaces:] or gaps[spaces] < 110)
+    return apart and all(gap < 110 for gap in gaps[spaces:])
 
 
 @cache
