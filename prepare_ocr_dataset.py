@@ -1061,15 +1061,12 @@ def form_lines(ink, numbers=(1, 1, 2, 3, 4)):
 
 
 def neighbours(ink, most=0.14, each=0.4, aside=False):
-    """Parts of the lines above and below show or, with aside, of the characters left and right.
-
-    Only on paper that is free of our own ink; each: the share of sides that they come from.
-    """
+    """Parts of the lines above and below show or, with aside, of the characters left and right."""
     reach, ink = int(most * len(ink)) + 1, ink.T if aside else ink
     for _ in range(2):  # below, upside down, and then above
         ink = ink[::-1]
         top, bottom, _, _ = ink_box(ink, 0.3)
-        if top > 3 and chance(each):
+        if top > 3 and chance(each):  # only on paper that is free of our own ink
             part = randint(1, min(top - 2, reach, bottom + 1 - top))
             other = np.roll(ink[bottom + 1 - part : bottom + 1], randint(0, ink.shape[1]), 1)
             ink = np.concatenate([np.maximum(ink[:part], other), ink[part:]])
