@@ -397,10 +397,9 @@ def text_generator():
 def typeset_by_trdg(text, font):
     """A text as TRDG sets it: ink (H, W), its word and character spacing at random."""
     gap, space = choice([0, 0, 1, 2, font.size // 12]), uniform(1, choice(SPACES))
-    layout = dict(orientation=0, space_width=space, character_spacing=gap, fit=False)
-    layout["word_split"] = chance(0.9)
+    look = dict(orientation=0, space_width=space, character_spacing=gap, word_split=chance(0.9))
     line = f" {text} "  # room for what reaches beyond the first and the last character
-    image, _ = text_generator().generate(line, font.path, "#000000", font.size, **layout)
+    image, _ = text_generator().generate(line, font.path, "#000000", font.size, fit=False, **look)
     ink = np.asarray(image.getchannel("A"), dtype=np.float32) / 255  # (H, W)
     face = typeface(font.path, font.size)
     (_, top, _, bottom), (ascent, descent) = face.getbbox(text, anchor="ls"), face.getmetrics()
@@ -1395,7 +1394,7 @@ def draw_chunk(constants, chunk):
 
 
 def draw_all(counts):
-    """Draw what is missing. Returns all chunks, and how many images were missing."""
+    """Draw what is missing. Returns the rows of all images, and how many were missing."""
     chunks, marks, folder = [], find_marks(counts), Path(DATASETS_DIR)
     for source, count in counts.items():
         for start in range(0, count, CHUNK):
@@ -1415,7 +1414,7 @@ def draw_all(counts):
     with ProcessPoolExecutor(workers) as pool, bar:
         for number in (pool.map if workers > 1 else map)(task, missing):
             bar.update(number)
-    return chunks, new
+    return pd.concat(map(rows_of, chunks), ignore_index=True), new
 
 
 # ---- What can be drawn, and what is written
@@ -1427,8 +1426,7 @@ def kinds_of(source):
 
 def count_images():
     """How many images of each source there will be: of those whose fonts or data are there."""
-    unknown = NUM_IMAGES.keys() - SOURCES.keys()
-    if unknown:
+    if unknown := NUM_IMAGES.keys() - SOURCES.keys():
         raise InputError(f"NUM_IMAGES names {min(unknown)}: choose from {', '.join(SOURCES)}")
     print(*find_fonts()[1], sep="\n")
     counts = {source: number for source, number in NUM_IMAGES.items() if number}
@@ -1522,8 +1520,7 @@ def main():
     if not Path(FONTS_DIR).is_dir():
         raise InputError(f"no folder FONTS_DIR = {FONTS_DIR!r}: start in the project's folder")
     text_generator(), read_grammar()  # fail here, and not in every worker
-    chunks, new = draw_all(count_images())
-    drawn = pd.concat(map(rows_of, chunks), ignore_index=True)
+    drawn, new = draw_all(count_images())
     draw_preview(drawn)
     rows = pd.concat([drawn, custom_rows()], ignore_index=True)
     crnn.write_labels(rows, datasets / "data.csv")
