@@ -1197,8 +1197,7 @@ NARROW = "condensed|narrow|mono|oswald|teko|league|abel|dosis"
 LIGHT = dict(light=(205, 255))
 CLEAN = dict(dark=(0, 90), light=(205, 255))
 FAINT = dict(dark=(40, 150), light=(215, 250))
-SNAPSHOT = dict(dark=(13, 128), light=(140, 250), grain=(2, 5, 9), jpeg=(20, 75), shade=0.5)
-SNAPSHOT |= dict(pale=0.2)
+PHOTO = dict(dark=(13, 128), light=(140, 250), grain=(2, 5, 9), jpeg=(20, 75), shade=0.5, pale=0.2)
 PLATE = dict(dark=(0, 130), light=(130, 255), grain=(0, 2, 5), inverse=0.5)
 SLIP = dict(dark=(0, 150), light=(195, 255), grain=(0, 2, 6, 14), jpeg=(30, 95))
 SIGN = dict(dark=(0, 120), light=(150, 255), grain=(0, 0, 3), inverse=0.6, jpeg=(25, 90), pale=0.15)
@@ -1211,7 +1210,6 @@ HEATED = [*WORN, (0.4, pressed), (1, partial(faded, dead=0.15), 2, 0.4), (1, coa
 COPY = [(1, neighbours), (0.1, form_lines, [1, 2]), (1, partial(coarse, two_tones=0.6), 20, 48)]
 COPY += [(0.15, specks), (0.5, blur), (1, framed)]
 SCAN = [*WORN, PRESS, (0.3, pressed), (1, faded, 2, 0.4), (1, room, 0, 0.15), *COPY]
-RULED = (1, lined, (0.3, 0.9), 0.03, (0.15, 0.6))
 WAVES = (0.8, lined, (0.06, 0.25), 0.3, (0.1, 0.4))
 BESIDE = partial(neighbours, aside=True)
 BOARD = [PRESS, (1, room, 0.12), (1, BESIDE, 0.06, 0.15), (1, lettered)]
@@ -1226,7 +1224,7 @@ ROLLING = [(0.7, neighbours, 0.3, 0.6), (0.3, form_lines, [1, 3, 4]), (1, snappe
 EVERYWHERE = {
     "form": Style(2.5, [(1, room), (1, neighbours), (1, form_lines)], CLEAN),
     "fields": Style(1.5, [(1, room, 0, 0.12)], CLEAN, "fields", cells=True),
-    "photograph": Style(2.5, [(1, room, 0.08, 0.33), (1, snapped), FAR], SNAPSHOT),
+    "photograph": Style(2.5, [(1, room, 0.08, 0.33), (1, snapped), FAR], PHOTO),
     "margins": Style(1.5, [(1, room, 0, 0.5), (0.4, framed, 0)]),
 }
 STYLES = {
@@ -1246,7 +1244,7 @@ STYLES = {
         "pen": Style(3, [(1, pressed)], LIGHT),
         "pencil": Style(2, [(1, partial(faded, grain=0.7))], FAINT),
         "marker": Style(1.5, [(1, bold), (1, blur), (1, faded)]),
-        "ruled": Style(3, [(1, room), RULED], LIGHT),
+        "ruled": Style(3, [(1, room), (1, lined, (0.3, 0.9), 0.03, (0.15, 0.6))], LIGHT),
         "copied": Style(3, [PRESS, *COPY], CLEAN),
         "cheque": Style(3.5, [PRESS, (1, room), WAVES, (0.5, blur)], CLEAN, "cheque"),
     }
