@@ -330,17 +330,16 @@ def held_out_families(fonts, kind):
 
 def pick_font(line):
     """A Font that draws all of a Line's label, or None."""
-    needed, families, matching = frozenset(line.label), {}, {}
+    needed, in_style, others = frozenset(line.label), {}, {}
     for font in find_fonts()[0]:
         if font.kind != line.source.kind or font.held_out != (line.split != "train"):
             continue
         bar = line.label == "I" and "1" not in font.doubtful  # alone on a sign, a bar is an I
         if needed - font.characters or (line.alone and needed & font.doubtful and not bar):
             continue  # where no word helps, no character may look like another
-        families.setdefault(font.family, []).append(font)
-        if line.style.fonts and re.search(line.style.fonts, os.path.basename(font.path)):
-            matching.setdefault(font.family, []).append(font)
-    families = list((matching or families).values())
+        matches = re.search(line.style.fonts, os.path.basename(font.path))
+        (in_style if matches else others).setdefault(font.family, []).append(font)
+    families = list((in_style or others).values())
     # Even sizes, so that the cache of typefaces holds every font at each; some as good scanners see
     size = 2 * choice([1, 1, 2]) * randint(10, 22)
     # A family first and then one of its files, so that many weights are not seen more often
