@@ -1295,10 +1295,8 @@ def sample(source, index):
         # Expressions stay expressions in every style.
         texts = style.texts if style.texts and row.cell_pen else row.texts
         label, alone = pick_text(texts, split)
-        if not acceptable(label):
-            continue
         line = Line(label, alone, split, row, style, texts)
-        tool = None if unclear(line) else row.pick(line)  # a Font or a Hand
+        tool = row.pick(line) if acceptable(label) and not unclear(line) else None  # a Font, a Hand
         image = None if tool is None else draw(line, tool)
         if image is not None and is_readable(image, label):
             return image, label, split, name
