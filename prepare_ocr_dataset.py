@@ -1355,10 +1355,10 @@ def find_marks(sources):
     files = [TEXTS_FILE, WORDS_FILE, LEFT_OUT_FILE, PLACES_FILE]
     files += [font.path for font in find_fonts()[0]]
     parts += [zlib.crc32(Path(file).read_bytes()) for file in files]
-    common, strokes = f"{zlib.crc32(repr(parts).encode()):08x}", ""
-    if strokes_path().exists():  # perhaps only later: no print is drawn again for it
-        strokes = f" {zlib.crc32(strokes_path().read_bytes()):08x}"
-    return {name: common + strokes * (STROKES in kinds_of(name)) for name in sources}
+    common, pens, path = f"{zlib.crc32(repr(parts).encode()):08x}", "", Path(DATASETS_DIR, STROKES_FILE)
+    if path.exists():  # perhaps only later: no print is drawn again for it
+        pens = f" {zlib.crc32(path.read_bytes()):08x}"
+    return {name: common + pens * (STROKES in kinds_of(name)) for name in sources}
 
 
 def rows_of(chunk):
