@@ -108,10 +108,9 @@ def noise(shape, deviation):
 
 def clouds(shape, patches):
     """Values from 0 to 1, float32 (H, W), changing slowly: so many patches over the height."""
-    rows = max(2, round(patches) + 1)
-    columns = max(2, round(patches * shape[1] / shape[0]) + 1)
-    few = generator().random((rows, columns), dtype=np.float32)
-    return cv2.resize(few, shape[::-1], interpolation=cv2.INTER_CUBIC).clip(0, 1)  # (H, W)
+    few = [max(2, round(patches * side / shape[0]) + 1) for side in shape]  # rows, columns
+    values = generator().random(few, dtype=np.float32)
+    return cv2.resize(values, shape[::-1], interpolation=cv2.INTER_CUBIC).clip(0, 1)  # (H, W)
 
 
 # ---- Words. A word's letters decide its split: no test word is trained on, in capitals or not.
@@ -831,11 +830,7 @@ def take_from_emnist(c, hand):
 
 
 def write_character(c, hand):
-    """A character of the hand's writer or, of a sign that is not there, of anybody's.
-
-    Returns its image, uint8 (h, w), how deep it reaches below the baseline in pixels, and the ends
-    of the pen's way, (2, 2). None where nobody has written it.
-    """
+    """A character of the hand's writer or, of a sign that is not there, of anybody's, or None."""
     borrowed = c not in hand.samples  # this writer has written none
     writers = [hand.samples, *random.choices(people(hand.split).writers, k=200 * borrowed)]
     if c in SIGNS and (c != "x" or hand.joined):
