@@ -850,6 +850,7 @@ def write_character(c, hand):
     rise = max(place.height, hand.point if c == "." else place.height)
     depth = place.anchor * scale * height - hand.capital * (rise + gauss(0, hand.looseness))
     glyph, ends = trace(strokes, scale, hand)
+    # The image, uint8 (h, w), pixels below the baseline, and the ends of the pen's way, (2, 2)
     return glyph, round(depth + hand.stroke * hand.capital / 2), ends
 
 
