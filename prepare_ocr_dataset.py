@@ -451,6 +451,7 @@ def emnist(split):
 # ---- Pen strokes of UNIPEN's writers: downloaded and parsed once, then kept in one compact file
 CATEGORIES = "[178]*"  # 1a to 1d: digits, capitals, small letters, signs; 7: words; 8: texts
 MISCOUNTED = {"lou"}  # contributors who count components otherwise: their words come out cut
+STROKES_FILE = "unipen/strokes.npz"  # the compact file, in DATASETS_DIR
 PER_CHARACTER, PER_TEXT = 8, 2  # samples kept of one character, one word or text, of one writer
 LONGEST = 40  # characters in a text; longer ones run over several lines
 STROKES_HEIGHT = 128  # a writer's median character becomes so high, and so does the median word
@@ -464,15 +465,10 @@ Samples = namedtuple("Samples", "steps points writers labels")
 Written = namedtuple("Written", "strokes label writer")
 
 
-def strokes_path():
-    """The one compact file of UNIPEN's strokes."""
-    return Path(DATASETS_DIR) / "unipen" / "strokes.npz"
-
-
 @cache
 def fetch_unipen():
     """Whether UNIPEN's strokes are there; downloads and parses them if need be."""
-    strokes, page = strokes_path(), UNIPEN_RECORD.replace("/api", "")
+    strokes, page = Path(DATASETS_DIR, STROKES_FILE), UNIPEN_RECORD.replace("/api", "")
     folder = strokes.parent
     if not strokes.exists():
         with downloading("UNIPEN", f"To use it, unpack {page} into {folder.as_posix()}/"):
@@ -634,7 +630,7 @@ def believable(strokes, label):
 @cache
 def load_strokes():
     """The Samples of UNIPEN's compact file."""
-    with np.load(strokes_path()) as file:
+    with np.load(Path(DATASETS_DIR, STROKES_FILE)) as file:
         points, ends = file["points"], file["strokes"].cumsum()[:-1]
         steps = np.split(file["steps"], points.cumsum()[ends - 1])
         writers, labels = (str(file[name]).split("\n") for name in ("writers", "labels"))
@@ -957,9 +953,9 @@ def in_cells(glyphs):
     return add_lines(ink, lines)[rim : h - rim, rim : w - rim]
 
 
-def add_lines(ink, ends, tone=(0.3, 1), widths=(1, 1, 2)):
-    """Ink with straight lines from (x, y) to (x, y) of a tone; widths: in pixels, of 50 rows."""
-    mask, width = np.zeros(ink.shape, np.uint8), round(choice(widths) * max(1, len(ink) / 50))
+def add_lines(ink, ends, tone=(0.3, 1)):
+    """Ink with straight lines from (x, y) to (x, y) of a tone, 1 or 2 pixels wide in 50 rows."""
+    mask, width = np.zeros(ink.shape, np.uint8), round(choice([1, 1, 2]) * max(1, len(ink) / 50))
     for a, b in ends:
         cv2.line(mask, tuple(map(round, a)), tuple(map(round, b)), 255, width, cv2.LINE_AA)
     return np.maximum(ink, mask.astype(np.float32) * (uniform(*tone) / 255))
@@ -1351,9 +1347,9 @@ def find_marks(sources):
     files = [TEXTS_FILE, WORDS_FILE, LEFT_OUT_FILE, PLACES_FILE]
     files += [font.path for font in find_fonts()[0]]
     parts += [zlib.crc32(Path(file).read_bytes()) for file in files]
-    common, pens, path = f"{zlib.crc32(repr(parts).encode()):08x}", "", Path(DATASETS_DIR, STROKES_FILE)
-    if path.exists():  # perhaps only later: no print is drawn again for it
-        pens = f" {zlib.crc32(path.read_bytes()):08x}"
+    common, path = f"{zlib.crc32(repr(parts).encode()):08x}", Path(DATASETS_DIR, STROKES_FILE)
+    # It may come only later: no print is drawn again for it.
+    pens = f" {zlib.crc32(path.read_bytes()):08x}" if path.exists() else ""
     return {name: common + pens * (STROKES in kinds_of(name)) for name in sources}
 
 
