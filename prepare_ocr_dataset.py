@@ -744,10 +744,10 @@ class Hand(NamedTuple):  # of one line; lengths are in heights of a capital
 
 def pick_hand(line):
     """A Hand for a Line: EMNIST's, that of all people or of one who has its letters, or None."""
-    split, kind, samples = line.split, line.source.kind, {}
+    split, samples = line.split, {}
     if line.source.pen is retrace:
         samples = people(split).texts
-    elif kind == STROKES:
+    elif line.source.kind == STROKES:
         needed = set(line.label) & set(ALPHANUMERIC)
         some = random.choices(people(split).writers, k=40)  # of so many, one nearly always can
         samples = next((writer for writer in some if needed <= writer.keys()), None)
@@ -853,10 +853,9 @@ def write_character(c, hand):
 def trace(strokes, scale, hand):
     """Strokes as a round pen draws them, uint8 (h, w), no larger than the ink, and ends, (2, 2)."""
     width = max(2, round(2 * hand.stroke * hand.capital))  # twice as large first, to be smooth
-    # Not as a matrix product, whose last bit differs between processors
+    # (points, 2) each; not as a matrix product, whose last bit differs between processors
     lines = [np.stack([hand.wide * x - hand.slant * y, y], 1) for x, y in (s.T for s in strokes)]
-    lines = [line * np.float32(2 * scale) for line in lines]  # (points, 2) each
-    lines = [hurry(line, 2 * hand.haste * hand.capital) for line in lines]
+    lines = [hurry(line * np.float32(2 * scale), 2 * hand.haste * hand.capital) for line in lines]
     every = np.concatenate(lines)
     low, size = every.min(0), np.ceil(np.ptp(every, 0) / 2).astype(int) * 2 + 2 * (width // 2 + 1)
     glyph = np.zeros(size[::-1], np.uint8)
