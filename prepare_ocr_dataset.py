@@ -1250,14 +1250,15 @@ class Source(NamedTuple):
     pen: object  # draws a whole label; None: EMNIST's images as they are
     texts: str  # a mix or one kind of text
     cell_pen: object = None  # draws characters one by one in cells, if any
+    also: tuple = ()  # kinds that it is drawn with besides: EMNIST has no signs
 
 
 SOURCES = {
     "trdg_custom": Source(PRINTED, pick_font, typeset_by_trdg, "printed", typeset),
     "synthetic_math": Source(PRINTED, pick_font, typeset, "math"),
     "emnist_images": Source(EMNIST, None, None, ""),
-    "emnist_words": Source(EMNIST, pick_hand, compose, "emnist", compose),
-    "emnist_math": Source(EMNIST, pick_hand, compose, "math"),
+    "emnist_words": Source(EMNIST, pick_hand, compose, "emnist", compose, also=(STROKES,)),
+    "emnist_math": Source(EMNIST, pick_hand, compose, "math", also=(STROKES,)),
     "handwriting": Source(HANDWRITTEN, pick_font, typeset, "by_hand", typeset),
     "unipen_words": Source(STROKES, pick_hand, retrace, "written"),
     "unipen_text": Source(STROKES, pick_hand, compose, "by_hand", compose),
@@ -1349,7 +1350,8 @@ def find_marks(sources):
     common, path = f"{zlib.crc32(repr(parts).encode()):08x}", Path(DATASETS_DIR, STROKES_FILE)
     # It may come only later: no print is drawn again for it.
     pens = f" {zlib.crc32(path.read_bytes()):08x}" if path.exists() else ""
-    return {name: common + pens * (STROKES in kinds_of(name)) for name in sources}
+    penned = {name for name, row in SOURCES.items() if STROKES in (row.kind, *row.also)}
+    return {name: common + pens * (name in penned) for name in sources}
 
 
 def rows_of(chunk):
@@ -1404,12 +1406,6 @@ def draw_all(counts):
 
 
 # ---- What can be drawn, and what is written
-def kinds_of(source):
-    """What a source is drawn with: its own kind and, for signs, pen strokes: EMNIST has none."""
-    row = SOURCES[source]
-    return dict.fromkeys([row.kind, STROKES] if row.pen is compose else [row.kind])
-
-
 def count_images():
     """How many images of each source there will be: of those whose fonts or data are there."""
     if unknown := NUM_IMAGES.keys() - SOURCES.keys():
@@ -1420,7 +1416,7 @@ def count_images():
     kinds = {font.kind for font in find_fonts()[0] if font.held_out}
     others = {EMNIST: fetch_emnist, STROKES: fetch_unipen}  # perhaps after a download
     for source in list(counts):
-        for needed in kinds_of(source):
+        for needed in (SOURCES[source].kind, *SOURCES[source].also):
             if not (others[needed]() if needed in others else needed in kinds):
                 needs = f"two families of {needed} in {FONTS_DIR}" if "fonts" in needed else needed
                 print(f"{source} is skipped: it needs {needs}")
