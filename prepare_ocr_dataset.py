@@ -1444,15 +1444,14 @@ def custom_rows():
     # The newest first, since of an image corrected twice and so in two files, its label counts.
     for path in sorted(paths, key=lambda path: path.stat().st_mtime_ns)[::-1]:
         rows = crnn.read_labels(path)
-        rows = rows.assign(source=rows.get("source", path.parent.name), style="custom")
-        rows = crnn.add_split(rows)
+        rows = crnn.add_split(rows.assign(source=rows.get("source", path.parent.name)))
         try:
             real = map(os.path.realpath, crnn.image_paths(rows, path))  # .. of a link is elsewhere
             images = [os.path.relpath(image, os.path.realpath(datasets)) for image in real]
         except ValueError:  # of Windows: no path leads there
             raise InputError(f"{path}: images on another drive, move them to {folder}") from None
         rows["image_path"] = [Path(image).as_posix() for image in images]
-        tables[path] = rows[~rows.image_path.isin(listed)][COLUMNS]
+        tables[path] = rows[~rows.image_path.isin(listed)].assign(style="custom")[COLUMNS]
         listed.update(rows.image_path)
     none = pd.DataFrame(columns=COLUMNS)
     return pd.concat([none, *(tables[path] for path in paths)], ignore_index=True)
