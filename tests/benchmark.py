@@ -73,6 +73,16 @@ def labelled(csv_path):
     return rows.assign(image_path=crnn.image_paths(rows, csv_path))
 
 
+def texts_of(images, model=WEIGHTS):
+    """What a model, or the weights at a path, read in images."""
+    return [reading.text for reading in recognize(list(images), model)]
+
+
+def exact(rows, model=WEIGHTS):
+    """The percentage of rows that a model reads without error."""
+    return 100 * float((rows.label == texts_of(rows.image_path, model)).mean())
+
+
 def draw_code(index, fonts):
     """A five-character code over a noisy background, 200 x 50 pixels; no 0, O, 1 or I."""
 
@@ -108,43 +118,31 @@ def own():
         image, code = draw_code(i, fonts)
         image.save(folder / f"{i:04}.png")
         split = "test" if i < 800 else "val" if i % 10 == 0 else "train"
-        rows.append((f"{i:04}.png", code, split))
-    rows = pd.DataFrame(rows, columns=["image_path", "label", "split"])
-    crnn.write_labels(rows, folder / "own.csv")
-    for name, weights in (("as shipped", WEIGHTS), ("fine-tuned on 200", folder / "own.pth")):
-        if name != "as shipped":
-            places = dict(DATA_CSV=str(folder / "own.csv"), MODEL_PATH=str(weights))
-            start = time.perf_counter()
-            Script(train_crnn, INIT_WEIGHTS=str(WEIGHTS), **places).run(folder, timeout=3600)
-            record("own", "fine-tuning on 200 codes, minutes", (time.perf_counter() - start) / 60)
-        paths = [folder / path for path in rows.image_path[:800]]
-        read = [reading.text for reading in recognize(paths, str(weights))]
-        exact = 100 * (rows.label[:800] == read).mean()
-        record("own", f"800 other codes {name}, exact in percent", float(exact))
+        rows.append(dict(image_path=f"{i:04}.png", label=code, split=split))
+    crnn.write_labels(pd.DataFrame(rows), folder / "own.csv")
+    places = dict(DATA_CSV=str(folder / "own.csv"), MODEL_PATH=str(folder / "own.pth"))
+    start = time.perf_counter()
+    Script(train_crnn, INIT_WEIGHTS=str(WEIGHTS), **places).run(folder, timeout=3600)
+    record("own", "fine-tuning on 200 codes, minutes", (time.perf_counter() - start) / 60)
+    others = labelled(folder / "own.csv")[:800]
+    for name, weights in {"as shipped": WEIGHTS, "fine-tuned on 200": folder / "own.pth"}.items():
+        record("own", f"800 other codes {name}, exact in percent", exact(others, weights))
 
 
-def read_by_all(rows, passes=1, looks=("",)):
-    """Read rows with each recogniser that is installed, as they are ("") or tall ("1").
-
-    Yields its name, its lines a second and the score table of each look.
-    """
+def read_by_all(rows, passes=1):
+    """Read rows with each recogniser that is installed: its name, lines a second, and its csv."""
     crnn.write_labels(rows[["image_path", "label", "source"]], FOLDER / "rows.csv")
     for name in READERS:
-        tables, out = [], FOLDER / f"read by {name}.csv"
+        out = FOLDER / f"read by {name}.csv"
         command = [sys.executable, "tests/peers.py", name, FOLDER / "rows.csv", out, str(passes)]
-        for look in looks:
-            told = dict(os.environ, PEERS_TALL=look, PEERS_MODEL=str(WEIGHTS))
-            pipes = dict(env=told, capture_output=True)
-            run = subprocess.run(command, cwd=ROOT, text=True, encoding="utf-8", **pipes)
-            if run.returncode == 3:
-                print(f"{name}: {run.stdout.strip()}")
-                break
-            if run.returncode:
-                raise SystemExit(f"{name} failed:\n{run.stderr[-2000:]}")
-            texts = pd.read_csv(out, dtype=str, keep_default_na=False)
-            tables.append(crnn.score_table(texts))
+        pipes = dict(env=dict(os.environ, PEERS_MODEL=str(WEIGHTS)), capture_output=True)
+        run = subprocess.run(command, cwd=ROOT, text=True, encoding="utf-8", **pipes)
+        if run.returncode not in (0, 3):
+            raise SystemExit(f"{name} failed:\n{run.stderr[-2000:]}")
+        if run.returncode == 3:
+            print(f"{name}: {run.stdout.strip()}")
         else:
-            yield name, float(run.stdout.splitlines()[-1]), tables
+            yield name, float(run.stdout.splitlines()[-1]), out
 
 
 def reading():
@@ -173,7 +171,9 @@ def peers():
     rows = rows[rows.split == "test"].sample(frac=1, random_state=0)
     rows = rows.groupby("source").head(PEERS_ROWS)
     foreign = labelled(FOREIGN / "labels.csv").assign(source="foreign")
-    for name, _, tables in read_by_all(pd.concat([rows, foreign]), looks=("", "1")):
+    for name, _, out in read_by_all(pd.concat([rows, foreign])):
+        read = pd.read_csv(out, dtype=str, keep_default_na=False)
+        tables = [crnn.score_table(read.assign(prediction=read[c])) for c in ("prediction", "tall")]
         for source in tables[0].index.drop("all"):
             best = max(tables, key=lambda table: table.exact[source])
             record("peers", f"{name}, {source}, exact in percent", 100 * float(best.exact[source]))
@@ -189,8 +189,7 @@ def robust():
         light = light + np.linspace(0, chance.uniform(-40, 40), height)[:, None]
         noise = chance.normal(0, chance.choice([0, 2, 6, 15]), (height, width))
         paper.append(Image.fromarray((light + noise).clip(0, 255).astype(np.uint8)))
-    model = crnn.load_checkpoint(WEIGHTS)
-    empty = sum(not reading.text for reading in recognize(paper, model))
+    empty = texts_of(paper).count("")
     record("robust", "images of empty paper read as nothing, of 200", empty)
     for i, image in enumerate(paper):
         (width, height), draw = image.size, ImageDraw.Draw(image)
@@ -201,12 +200,10 @@ def robust():
         else:
             for y in range(height - 1 - inset, 0, -height // 2):
                 draw.line((0, y, width, y), fill=0, width=pen)
-    empty = sum(not reading.text for reading in recognize(paper, model))
+    empty = texts_of(paper).count("")
     record("robust", "empty boxes and ruled lines read as nothing, of 200", empty)
-    rows = labelled(FOREIGN / "labels.csv")
-    texts = [reading.text for reading in recognize(list(rows.image_path), model)]
-    exact = 100 * float((rows.label == texts).mean())
-    record("robust", "tests/foreign as they are, exact in percent", exact)
+    foreign = exact(labelled(FOREIGN / "labels.csv"))
+    record("robust", "tests/foreign as they are, exact in percent", foreign)
 
 
 def picture():
@@ -217,10 +214,8 @@ def picture():
     rows = labelled(FOREIGN / "labels.csv")
     rows = rows[rows.label.str.len() < 20].sample(20, random_state=0)
     cells = []
-    readings = recognize(list(rows.image_path), WEIGHTS)
-    for path, label, reading in zip(rows.image_path, rows.label, readings):
-        colour = "#007020" if reading.text == label else "#c00000"
-        cells.append((path, [(reading.text, colour)]))
+    for path, label, text in zip(rows.image_path, rows.label, texts_of(rows.image_path)):
+        cells.append((path, [(text, "#007020" if text == label else "#c00000")]))
     prepare_ocr_dataset.contact_sheet(ROOT / ".github" / "reads.png", cells, columns=4)
     cells = []
     for source, number in dict(trdg_custom=8, handwriting=5, synthetic_math=3).items():
