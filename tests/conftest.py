@@ -46,6 +46,12 @@ def write_csv(folder, texts, name="data.csv", **columns):
     return folder / name
 
 
+def contents(folder):
+    """Every file below a folder, as bytes."""
+    paths = [path for path in Path(folder).rglob("*") if path.is_file()]
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
+
+
 def fake_emnist(datasets, per_class=24):
     """EMNIST files in datasets/emnist: printed characters of all 62 classes, no two the same."""
     characters = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz" * per_class

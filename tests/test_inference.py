@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import ROOT, WEIGHTS, fake_emnist, line_image, write_csv
+from conftest import ROOT, WEIGHTS, contents, fake_emnist, line_image, write_csv
 from PIL import Image
 
 import crnn
@@ -139,19 +139,6 @@ def test_the_test_rows_are_spread_evenly(infer, checkpoint, tmp_path):
     assert list(predictions(infer).label) == ["w1", "w9", "w17", "w25", "w35", "w43", "w51"]
 
 
-def test_a_mistyped_path_leaves_what_was_read(infer, checkpoint, line, tmp_path):
-    infer.set(PREDICTIONS_JSONL=str(tmp_path / "predictions.jsonl"))
-    assert infer.main([str(Path(line).parent / "*.png")]) == 0  # as it comes on Windows
-    read = predictions(infer)
-    assert list(read.image_path) == [Path(line).as_posix()]
-    assert Path(infer.PREDICTIONS_CSV).read_bytes()[:3] == b"\xef\xbb\xbf"  # for Excel
-    former = Path(infer.PREDICTIONS_JSONL).read_bytes()
-    with pytest.raises(InputError, match="nothing was written"):
-        infer.main(["lines.png"])
-    assert predictions(infer).equals(read)
-    assert Path(infer.PREDICTIONS_JSONL).read_bytes() == former
-
-
 def test_it_says_which_weights_read_and_how_well(infer, checkpoint, line, capsys):
     bundled = checkpoint.with_name("pretrained.pth")
     shutil.copy(checkpoint, bundled)
@@ -264,39 +251,43 @@ def test_help_is_the_docstring(infer, capsys):
 
 
 # ---- results
-def test_an_interrupted_run_leaves_the_former_results(infer, checkpoint, tmp_path, monkeypatch):
-    path = write_csv(tmp_path / "own", ["one", "two", "three"], name="own.csv")
+def test_a_run_that_fails_leaves_the_former_results(infer, checkpoint, tmp_path, monkeypatch):
+    """Where it is interrupted, and where its path is mistyped."""
+    folder = write_csv(tmp_path / "own", ["one", "two", "three"]).parent
     infer.set(CHUNK=2, PREDICTIONS_JSONL=str(tmp_path / "predictions.jsonl"))
-    infer.main([str(path)])
-    former = {file: file.read_bytes() for file in tmp_path.iterdir() if file.is_file()}
-    assert len(former) == 2
+    assert infer.main([str(folder / "*.png")]) == 0  # as it comes on Windows
+    assert list(predictions(infer).image_path) == [f"{folder.as_posix()}/{i}.png" for i in range(3)]
+    former = contents(tmp_path)
+    assert former["predictions.csv"][:3] == b"\xef\xbb\xbf"  # for Excel
+    assert former["predictions.jsonl"].count(b"\n") == 3
+    with pytest.raises(InputError, match="nothing was written"):
+        infer.main(["lines.png"])
+    assert contents(tmp_path) == former
     interrupted = Mock(wraps=crnn.read_images, side_effect=[DEFAULT, KeyboardInterrupt])
     monkeypatch.setattr(crnn, "read_images", interrupted)
     with pytest.raises(SystemExit, match="^interrupted"):
-        crnn.run(infer.main, [str(path)])
-    assert {file: file.read_bytes() for file in tmp_path.iterdir() if file.is_file()} == former
+        crnn.run(infer.main, [str(folder)])
+    assert contents(tmp_path) == former
 
 
 REMEDIES = [
-    ("MODEL_PATH", "missing.pth", "run python train_crnn.py"),
-    ("DATA_CSV", "train.csv", "has no test rows"),
-    ("PREDICTIONS_CSV", "bad.csv/predictions.csv", "cannot write"),
-    ("ONNX_PATH", "model.onnx", "pip install onnx onnxscript"),
-    ("PREDICTIONS_CSV", "empty", "PREDICTIONS_CSV = .*empty' is no file"),
-    ("PREDICTIONS_JSONL", "empty", "PREDICTIONS_JSONL = .*empty' is no file"),
-    ("argument", "empty", "no images to read"),
+    (dict(MODEL_PATH="missing.pth"), [], "run python train_crnn.py"),
+    (dict(DATA_CSV="train.csv"), [], "has no test rows"),
+    (dict(PREDICTIONS_CSV="train.csv/predictions.csv"), ["0.png"], "cannot write"),
+    (dict(ONNX_PATH="model.onnx"), [], "pip install onnx onnxscript"),
+    (dict(PREDICTIONS_CSV="empty"), ["0.png"], "PREDICTIONS_CSV = 'empty' is no file"),
+    (dict(PREDICTIONS_JSONL="empty"), ["0.png"], "PREDICTIONS_JSONL = 'empty' is no file"),
+    (dict(), ["empty"], "no images to read"),
 ]
 
 
-@pytest.mark.parametrize("constant, name, remedy", REMEDIES)
-def test_one_line_says_what_to_do(infer, line, tmp_path, monkeypatch, constant, name, remedy):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)  # no onnx
+@pytest.mark.parametrize("constants, arguments, remedy", REMEDIES)
+def test_one_line_says_what_to_do(infer, checkpoint, tmp_path, constants, arguments, remedy):
+    infer.monkeypatch.chdir(tmp_path)
+    infer.monkeypatch.setattr("importlib.util.find_spec", lambda name: None)  # no onnx
     write_csv(tmp_path, ["a"], name="train.csv", split="train")
-    (tmp_path / "bad.csv").write_text("image_path,text\nx.png,x\n")
     (tmp_path / "empty").mkdir()
-    path = str(tmp_path / name)
-    arguments = [path] if constant == "argument" else [line] if "PREDICTIONS" in constant else []
-    infer.set(**({} if constant == "argument" else {constant: path}))
+    infer.set(**constants)
     with pytest.raises(SystemExit, match=remedy) as stop:
         crnn.run(infer.main, arguments)
     assert "\n" not in str(stop.value)

@@ -20,7 +20,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torchvision
-from conftest import FONT, fake_emnist, line_image, write_csv
+from conftest import FONT, contents, fake_emnist, line_image, write_csv
 from fontTools.ttLib import TTFont
 from PIL import Image, ImageDraw
 
@@ -75,12 +75,6 @@ def pick(prepare, *label_and_split, **line):
     """The Font or Hand that a line is given, or None."""
     line = make_line(prepare, *label_and_split, **line)
     return line.source.pick(line)
-
-
-def contents(folder):
-    """Every file below a folder, as bytes."""
-    paths = [path for path in Path(folder).rglob("*") if path.is_file()]
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
 
 
 def draw(prepare, capsys, **constants):
