@@ -1017,24 +1017,6 @@ def snapped(ink):
     return cv2.filter2D(ink, -1, choice(ways) / length)
 
 
-def arched(ink):
-    """Along an arc, as on a badge, at its top or beside it; some like a valley, some on a ring."""
-    (h, w), bend = ink.shape, uniform(0.15, 0.8)  # radians from the middle to either end
-    radius, turn = max(h, w / 2 / bend), choice([0, 0, uniform(-0.7, 0.7)])  # turn: from the top
-    inner, outer, bend = radius - h / 2, radius + h / 2, w / 2 / radius
-    ends = np.outer([inner, outer], np.sin([turn - bend, turn + bend]))  # (2, 2)
-    top, bottom = outer * np.cos(max(0, abs(turn) - bend)), inner * np.cos(abs(turn) + bend)
-    x = np.arange(ends.min(), ends.max())[None]  # from the centre, (1, W)
-    y = np.arange(top, bottom, -1)[:, None]  # (H, 1)
-    along = w / 2 + radius * (np.arctan2(x, y) - turn)  # of the straight line, (H, W)
-    far, side = np.hypot(x, y), choice([1, 1, 1, -1])
-    back = np.float32([along, outer - far])
-    ink = cv2.remap(ink[::side], *back, cv2.INTER_LINEAR)[::side]  # (H, W)
-    ring = np.abs(far - radius)[::side] < h * uniform(0.45, 0.7)  # (H, W)
-    tone = choice([0, 0, uniform(0.5, 1.2)])  # of the ring, its letters lighter; 0: none
-    return np.float32(tone) * ring - ink if tone else ink
-
-
 # ---- Effects of other ink
 def form_lines(ink, numbers=(1, 1, 2, 3, 4)):
     """Underlined, some dotted, between rules or, with all four lines, in a box."""
@@ -1223,7 +1205,7 @@ STYLES = {
         "receipt": Style(4, [*HEATED, (1, framed), (0.2, clipped)], SLIP, "receipt", NARROW),
         "scanned": Style(4, [(1, stretched), *SCAN, (0.2, clipped)], SLIP, "receipt"),
         "label": Style(2, [PRESS, (1, room), (0.35, form_lines, [4])], PLATE, "label"),
-        "sign": Style(6, [(1, stretched), *BOARD, FAR, (0.35, arched), *SEEN], SIGN, "sign"),
+        "sign": Style(6, [(1, stretched), *BOARD, FAR, *SEEN], SIGN, "sign"),
         "letter": Style(3, [*CUT_OUT, *BOARD, *SEEN], SIGN, "large"),
         "display": Style(2, [*SEGMENTS, (1, blur), (0.5, snapped)], DIAL, "display", "dseg"),
         "counter": Style(1, [*BETWEEN, *ROLLING], DIAL, "dial"),
