@@ -53,7 +53,7 @@ USUAL_PITCH = 8  # pixels from stroke to stroke; tighter lines are stretched, at
 LOW_LINE, USUAL_LINE = 0.36, 0.45  # text lower than 36 % of the height is zoomed to 45 %
 
 # How it is read
-SECOND_LOOK = 0.6  # confidence (not calibrated) below which an image is looked at in other ways
+SECOND_LOOK = 0.75  # confidence (not calibrated) below which an image is looked at in other ways
 SHORTLIST = 50  # texts of a lexicon, those nearest to what is read, that the network chooses among
 DOUBT = 1.75  # nats a character by which a text that is not in the lexicon counts as less likely
 MIN_ALTERNATIVE = 0.02  # probability below which an alternative is not reported
@@ -378,10 +378,9 @@ def convolution(inputs, outputs, kernel, stride=1, padding=0):
 class Block(nn.Module):
     """A residual convolution over three columns (He et al. 2015, arXiv:1512.03385)."""
 
-    def __init__(self, features, rows=1):
+    def __init__(self, features):
         super().__init__()
-        padding = (rows // 2, 1)
-        self.convolution = nn.Conv2d(features, features, (rows, 3), padding=padding, bias=False)
+        self.convolution = nn.Conv2d(features, features, (1, 3), padding=(0, 1), bias=False)
         self.norm = nn.BatchNorm2d(features)
         nn.init.zeros_(self.norm.weight)  # a new block starts as the identity
 
@@ -392,27 +391,23 @@ class Block(nn.Module):
 class CRNN(nn.Module):
     """CNN, bidirectional LSTM and a linear layer, after Shi et al. 2015 (arXiv:1507.05717).
 
-    Leaner than theirs: strided convolutions instead of pooling, one LSTM layer. Residual blocks, if
-    any, are at 8 rows, at 4 rows (row_blocks) and where one row is left (blocks). The model owns
-    its charset, calibration (slope and offset, see calibrated) and facts: plain values about its
-    training.
+    Leaner than theirs: strided convolutions instead of pooling, residual blocks only where one row
+    is left, one LSTM layer. The model owns its charset, calibration (slope and offset, see
+    calibrated) and facts: plain values about its training.
     """
 
-    def __init__(self, charset, channels, hidden, dropout=0.0, blocks=0, row_blocks=(0, 0)):
+    def __init__(self, charset, channels, hidden, dropout=0.0, blocks=0):
         super().__init__()
         self.charset, self.calibration, self.facts = charset, UNCALIBRATED, {}
         self.architecture = dict(channels=list(channels), hidden=hidden, blocks=blocks)
-        self.architecture["row_blocks"] = list(row_blocks)
         a, b, c, features = channels
         self.cnn = nn.Sequential(
             convolution(1, a, 3, stride=2, padding=1),  # (N, 1, 32, W) -> (N, a, 16, W/2)
             convolution(a, a, 3, padding=1),
             convolution(a, b, 3, stride=2, padding=1),  # -> (N, b, 8, W/4)
             convolution(b, b, 3, padding=1),
-            *[Block(b, rows=3) for _ in range(row_blocks[0])],
             convolution(b, c, 3, stride=(2, 1), padding=1),  # -> (N, c, 4, W/4)
             convolution(c, c, 3, padding=1),
-            *[Block(c, rows=3) for _ in range(row_blocks[1])],
             convolution(c, features, (HEIGHT // 8, 1)),  # all rows at once -> (N, D, 1, W/4)
             *[Block(features) for _ in range(blocks)],
         )
@@ -848,6 +843,7 @@ def load_checkpoint(path, device="cpu", learn=False):
         if content["format"] != CHECKPOINT_FORMAT:
             raise ValueError(f"format {content['format']} instead of {CHECKPOINT_FORMAT}")
         learned_with = content["preprocessing"]
+        content["architecture"].pop("row_blocks", None)  # of older ones; most had no such layers
         model = CRNN(Charset(content["charset"]), **content["architecture"])
         model.load_state_dict(content["weights"])
         model.calibration, model.facts = tuple(content["calibration"]), content["facts"]

@@ -44,7 +44,6 @@ FROM_NOTHING = dict(
     channels=(32, 64, 96, 192),  # of the CNN's stages; the last is the number of features per frame
     hidden=192,  # LSTM units in each direction
     blocks=0,  # residual convolutions on the features
-    row_blocks=(0, 0),  # and before that, where 8 and 4 rows are left
     matrix_learning_rate=1e-2,  # of Muon, for the matrices of the convolutions and the LSTM
     learning_rate=3e-3,  # of AdamW, for all other weights
     shortcut_weight=0.1,  # of a second CTC loss, on the CNN's features; its head is not kept
@@ -343,7 +342,7 @@ class WithShortcut(nn.Module):
 def make_model(charset):
     """The network to train: a new one, or that of INIT_WEIGHTS with its weights by character."""
     if not INIT_WEIGHTS:
-        sizes = {name: recipe()[name] for name in ("channels", "hidden", "blocks", "row_blocks")}
+        sizes = {name: recipe()[name] for name in ("channels", "hidden", "blocks")}
         return CRNN(charset, dropout=DROPOUT, **sizes)
     start = crnn.load_checkpoint(INIT_WEIGHTS, learn=True)
     model = CRNN(charset, dropout=DROPOUT, **start.architecture)

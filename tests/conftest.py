@@ -117,7 +117,7 @@ class Script:
 
 # What a test finds in the scripts, whatever the user has edited there; each gets those it knows
 RECIPE = dict(matrix_learning_rate=1e-2, learning_rate=3e-3, shortcut_weight=0.1, frozen_norms=0.25)
-RECIPE |= dict(channels=(8, 16, 24, 32), hidden=32, blocks=0, row_blocks=(0, 0))
+RECIPE |= dict(channels=(8, 16, 24, 32), hidden=32, blocks=0)
 GENTLE = dict(matrix_learning_rate=1e-3, learning_rate=3e-4, shortcut_weight=0, frozen_norms=1)
 CONSTANTS = dict(SEED=0, NUM_WORKERS=1, NUM_THREADS=1, DEVICE="cpu", PRECISION=None)
 CONSTANTS |= dict(CHARSET=CHARSET, MAX_LENGTH=28, STYLED=0.6, WARPED=0.75, HELD_OUT_FONTS=0.1)
