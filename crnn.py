@@ -53,7 +53,7 @@ USUAL_PITCH = 8  # pixels from stroke to stroke; tighter lines are stretched, at
 LOW_LINE, USUAL_LINE = 0.36, 0.45  # text lower than 36 % of the height is zoomed to 45 %
 
 # How it is read
-SECOND_LOOK = 0.75  # confidence (not calibrated) below which an image is looked at in other ways
+SECOND_LOOK = 0.6  # confidence (not calibrated) below which an image is looked at in other ways
 SHORTLIST = 50  # texts of a lexicon, those nearest to what is read, that the network chooses among
 DOUBT = 1.75  # nats a character by which a text that is not in the lexicon counts as less likely
 MIN_ALTERNATIVE = 0.02  # probability below which an alternative is not reported
