@@ -58,7 +58,7 @@ TEMPLATES = Path(__file__).parent / "ocr_crnn_model"  # the pages, each with a C
 
 
 def model_path():
-    """The user's checkpoint or else the bundled one, in this folder or beside the script."""
+    """The user's checkpoint, else the bundled one: of the current folder, else beside the script."""
     here = Path(__file__).parent
     places = [Path(MODEL_PATH), here / MODEL_PATH, Path(PRETRAINED), here / PRETRAINED]
     return next(filter(Path.is_file, places), places[0])
@@ -428,7 +428,8 @@ def main(arguments=()):
     lines = []  # printed at the end, where nobody may be listening any more
     if len(labelled):
         labelled = labelled.assign(source=labelled.source.replace("", "unnamed"))
-        lines.append(f"{crnn.format_score_table(crnn.score_table(labelled))}\n")
+        with suppress(BrokenPipeError):
+            print(f"{crnn.format_score_table(crnn.score_table(labelled))}\n")
         if REPORT_DIR:
             lines.append(f"report: {write_report(labelled).as_posix()}")
     if len(bare) and REPORT_DIR:
