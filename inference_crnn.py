@@ -58,7 +58,7 @@ TEMPLATES = Path(__file__).parent / "ocr_crnn_model"  # the pages, each with a C
 
 
 def model_path():
-    """The user's checkpoint, else the bundled one: of the current folder, else beside the script."""
+    """The user's checkpoint, else the bundled one; of this folder, else beside the script."""
     here = Path(__file__).parent
     places = [Path(MODEL_PATH), here / MODEL_PATH, Path(PRETRAINED), here / PRETRAINED]
     return next(filter(Path.is_file, places), places[0])
