@@ -4,6 +4,7 @@ import copy
 import doctest
 import io
 import os
+import pickle
 import random
 import re
 import sys
@@ -237,6 +238,11 @@ def test_a_line_may_be_large():
     assert min(line.size) > 1000 and crnn.try_load(line)[0] is not None
 
 
+def test_faint_noise_is_not_ink():
+    noise = np.random.default_rng(0).integers(228, 236, (40, 90, 3), dtype=np.uint8)  # tinted
+    assert load_image(Image.fromarray(noise)).min() > 190
+
+
 def test_hard_edges_are_softened_and_those_of_small_text_less():
     hard = np.full((32, 60), 255, np.uint8)
     hard[:, 10:20] = hard[:, 40] = 0
@@ -286,6 +292,16 @@ def test_a_frame_is_four_columns_and_folding_changes_no_result(width):
     folded = crnn.folded(model)
     assert not any(isinstance(layer, torch.nn.BatchNorm2d) for layer in folded.modules())
     torch.testing.assert_close(folded(ink), logits, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_narrowest_image_gives_numbers(shipped, dtype):
+    ink = torch.rand(1, 1, crnn.HEIGHT, crnn.padded_width(1))
+    with torch.inference_mode():
+        exact = shipped(ink)
+        for _ in range(20):  # what comes of uninitialized memory comes at times
+            with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+                torch.testing.assert_close(shipped(ink).float(), exact, atol=0.5, rtol=0.1)
 
 
 # ---- decoding and reading
@@ -365,6 +381,14 @@ def test_a_line_reads_the_same_alone_in_a_batch_and_in_any_order(shipped):
     for reading, other in zip([*together, *backwards[::-1]], alone * 2):
         assert reading.text == other.text
         assert reading.confidence == pytest.approx(other.confidence, abs=0.02)  # in bfloat16
+
+
+def test_the_readme_shows_the_frames_of_an_image(shipped):
+    image = load_image(FOREIGN / "0007.png")
+    with torch.inference_mode():
+        logits = shipped(crnn.to_ink(crnn.pad(image))[None, None])  # (T, 1, C)
+    path = "".join(("-" + CHARSET)[i] for i in logits[:, 0].argmax(1).tolist())
+    assert re.fullmatch("-*A+-*b+-+b+-*o+-*t+-+t+-*", path)
 
 
 def test_an_unsure_reading_gets_more_looks(shipped):
@@ -619,6 +643,7 @@ UNUSABLE = {  # what reads it, its content, and what the error is to say
     "missing checkpoint": (load_checkpoint, None, "train_crnn.py"),
     "empty checkpoint": (load_checkpoint, b"", "train_crnn.py"),
     "text as a checkpoint": (load_checkpoint, b"hello there", "train_crnn.py"),
+    "pickle": (load_checkpoint, pickle.dumps(Malicious()), "train_crnn.py"),
     "torch pickle": (load_checkpoint, OTHER | {"charset": Malicious()}, "train_crnn.py"),
     "other dict": (load_checkpoint, {"state_dict": {}}, "train_crnn.py"),
     "other network": (load_checkpoint, OTHER, "train_crnn.py"),
