@@ -537,7 +537,7 @@ def write_history(history, curves):
 
 
 def end_epoch(state, parts, losses, started, val, count, epochs):
-    """Read the val rows, print how the epoch went, and save what is worth keeping."""
+    """Read the val rows, print how the epoch went, save what is worth keeping; the new state."""
     model = mix_in(parts["start"], parts["average"].module)
     epoch, speed = state["epoch"] + 1, count / (time.perf_counter() - started)
     seen = read(model, val)
@@ -565,6 +565,7 @@ def end_epoch(state, parts, losses, started, val, count, epochs):
         write_history(state["history"], curves=shown)
     except PermissionError as error:  # on Windows, while Excel has it open
         print(f"    history.csv and the curves are left as they were ({error})")
+    return state
 
 
 def start_processes():
@@ -647,7 +648,8 @@ def main():
             started = time.perf_counter()
             losses = train_epoch(trained, parts, buckets, epoch, epochs)
             if rank() == 0:  # the others wait in their next step
-                end_epoch(state, parts, losses, started, val, count, epochs)
+                # A copy, since Ctrl-C may come before it is saved
+                state = end_epoch(dict(state), parts, losses, started, val, count, epochs)
     except KeyboardInterrupt:
         done = f"after epoch {state['epoch']}: RESUME = True continues"
         print(f"\nstopped {done if state['epoch'] else 'in epoch 1: nothing was saved'}")
