@@ -248,9 +248,10 @@ def find_fonts():
     """The usable Fonts of FONTS_DIR, and lines about the others and about those held out."""
     fonts, notes = [], []
     left_out = pd.read_csv(LEFT_OUT_FILE, dtype=str, keep_default_na=False, index_col=0).characters
-    for path in sorted(Path(FONTS_DIR).rglob("*"), key=Path.as_posix):  # one order on all systems
-        if path.suffix.lower() not in {".ttf", ".otf", ".woff", ".woff2"} or path.name[0] == ".":
-            continue  # such as a Mac's ._ files
+    found = glob("**", root_dir=FONTS_DIR, recursive=True)  # also behind links; no Mac's ._ files
+    for path in sorted((Path(FONTS_DIR, f) for f in found), key=Path.as_posix):  # on all systems
+        if path.suffix.lower() not in {".ttf", ".otf", ".woff", ".woff2"}:
+            continue
         kind = HANDWRITTEN if "handwriting" in path.relative_to(FONTS_DIR).parts else PRINTED
         try:
             font = survey_font(str(path), kind, CHARSET)
@@ -1393,7 +1394,7 @@ def count_images():
     if unknown := NUM_IMAGES.keys() - SOURCES.keys():
         raise InputError(f"NUM_IMAGES names {min(unknown)}: choose from {', '.join(SOURCES)}")
     print(*find_fonts()[1], sep="\n")
-    counts = {source: number for source, number in NUM_IMAGES.items() if number}
+    counts = {source: int(number) for source, number in NUM_IMAGES.items() if number > 0}
     # Validation and test need a font family of their own.
     kinds = {font.kind for font in find_fonts()[0] if font.held_out}
     others = {EMNIST: fetch_emnist, STROKES: fetch_unipen}  # perhaps after a download
@@ -1418,7 +1419,8 @@ def custom_rows():
     """The rows of labels.csv in datasets/custom and in its folders, in the form of data.csv."""
     datasets, tables, listed = Path(DATASETS_DIR), {}, set()
     folder = datasets / "custom"
-    paths = sorted(folder.rglob("labels*.csv"))
+    found = glob("**/labels*.csv", root_dir=folder, recursive=True)  # also behind links
+    paths = sorted(folder / path for path in found)
     with_labels = {path.parent for path in paths}
     for place in sorted({folder, *folder.glob("*/")} - with_labels):
         if any(place.glob("*.*")) and folder not in with_labels:  # whose csv may name any image
@@ -1483,9 +1485,10 @@ def main():
     if not Path(FONTS_DIR).is_dir():
         raise InputError(f"no folder FONTS_DIR = {FONTS_DIR!r}: start in the project's folder")
     text_generator(), read_grammar()  # fail here, and not in every worker
+    custom = custom_rows()  # a mistake in them is to be told before all is drawn
     drawn, new = draw_all(count_images())
     draw_preview(drawn)
-    rows = pd.concat([drawn, custom_rows()], ignore_index=True)
+    rows = pd.concat([drawn, custom], ignore_index=True)
     crnn.write_labels(rows, datasets / "data.csv")
     print(f"\n{rows.groupby(['source', 'split'], sort=False).size().unstack(fill_value=0)}")
     counts = Counter("".join(rows.label[rows.split == "train"]))
