@@ -18,6 +18,7 @@ import os
 import sys
 import warnings
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext, suppress
 from functools import partial
 from glob import glob
@@ -157,8 +158,8 @@ def load(image, at_once=False):
 
 def read_chunk(images, known, model):
     """The Readings of images, None for one that cannot be read. known: see crnn.read_images."""
-    # Threads are enough: Pillow releases the GIL
-    loaded = thread_map(load, images, max_workers=max(1, NUM_THREADS), disable=True)
+    with ThreadPoolExecutor(max(1, NUM_THREADS)) as pool:  # enough, as Pillow releases the GIL
+        loaded = list(pool.map(load, images))
     there = [i for i, image in enumerate(loaded) if image.pixels is not None]
     pixels, kinds = [loaded[i].pixels for i in there], [known[i] for i in there]
     readings = dict(zip(there, crnn.read_images(model, pixels, max(1, BATCH_SIZE), kinds)))
@@ -417,6 +418,8 @@ def main(arguments=()):
     crnn.check_output(PREDICTIONS_CSV, "PREDICTIONS_CSV")
     if PREDICTIONS_JSONL:
         crnn.check_output(PREDICTIONS_JSONL, "PREDICTIONS_JSONL")
+    if REPORT_DIR:
+        crnn.check_output(Path(REPORT_DIR) / "index.html", "REPORT_DIR")
     model = load_checkpoint(model_path(), DEVICE)
     print(describe_weights(model.facts))
     if ONNX_PATH:
