@@ -55,7 +55,7 @@ LOW_LINE, USUAL_LINE = 0.36, 0.45  # text lower than 36 % of the height is zoome
 # How it is read
 SECOND_LOOK = 0.6  # confidence (not calibrated) below which an image is looked at in other ways
 SHORTLIST = 50  # texts of a lexicon, those nearest to what is read, that the network chooses among
-DOUBT = 1.75  # nats a character by which a text that is not in the lexicon counts as less likely
+DOUBT = 1.75  # nats a character by which texts outside the lexicon or ALLOWED count as less likely
 MIN_ALTERNATIVE = 0.02  # probability below which an alternative is not reported
 MAX_ASPECT = 256  # width over height beyond which an image is no line (400 characters have 200)
 
@@ -238,7 +238,7 @@ def to_grey(image):
         low = low if high - low > MIN_TONES / 255 * high else 0.0  # so blank paper stays blank
         tones = (tones.clip(low, high) - low) * (255 / max(high - low, 1e-9))
         return Image.fromarray(tones.astype(np.uint8))
-    if image.mode in ("LA", "PA", "RGBA", "RGBa") or "transparency" in image.info:
+    if image.has_transparency_data:
         rgba = image.convert("RGBA")
         grey = np.asarray(rgb_to_grey(rgba.convert("RGB")), dtype=np.float64)  # (H, W)
         alpha = np.asarray(rgba.getchannel("A")) / 255  # (H, W)
@@ -639,6 +639,7 @@ class Look(NamedTuple):
 
     reading: Reading
     log_probs: torch.Tensor  # (T, C)
+    forbidden: float = 0.0  # nats: log of the probability of any characters over only allowed ones
 
 
 def read_images(model, images, batch_size, known=None):
@@ -675,35 +676,38 @@ def look_at(model, images, batch_size, known):
     for batch in batches:
         ink = to_ink(torch.stack([pad(images[i]) for i in batch]))[:, None]  # (N, 1, H, W)
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            logits = model(ink.to(device)).float().cpu()  # (T, N, C)
+            log_probs = model(ink.to(device)).float().log_softmax(2).cpu()  # (T, N, C)
         for n, i in enumerate(batch):
             if known[i].taken_for is not None:
-                sums = torch.zeros(len(logits), logits.shape[2] + 1)  # (T, C + 1)
-                sums.index_add_(1, known[i].taken_for, logits[:, n].softmax(1))
-                logits[:, n] = sums[:, :-1].log()  # (T, C)
-        readings = greedy_decode(logits, model.charset)
-        for i, *look in zip(batch, readings, logits.log_softmax(2).unbind(1)):
+                sums = torch.zeros(len(log_probs), log_probs.shape[2] + 1)  # (T, C + 1)
+                sums.index_add_(1, known[i].taken_for, log_probs[:, n].exp())
+                log_probs[:, n] = sums[:, :-1].log()  # (T, C)
+        allowed = log_probs.logsumexp(2, keepdim=True)  # (T, N, 1), 0 where all characters are
+        log_probs -= allowed
+        readings, forbidden = greedy_decode(log_probs, model.charset), -allowed.sum((0, 2))  # (N,)
+        for i, *look in zip(batch, readings, log_probs.unbind(1), forbidden.tolist()):
             looks[i] = Look(*look)
     return looks
 
 
 def choose_reading(model, image, looks, known):
     """The calibrated Reading of an image: of what its Looks read, the likeliest on average."""
-    reading = looks[0].reading
+    best, reading = 0, looks[0].reading
     if len(looks) > 1:
         targets = [model.charset.encode(look.reading.text) for look in looks]
         scores = mean_log_probability(looks, targets)  # (looks,)
         best = int(scores.argmax())
         reading = looks[best].reading._replace(confidence=min(1.0, float(scores[best].exp())))
     in_parts = reading.text and set(reading.text) <= set("=:;÷")  # their parts look like two lines
-    several = not in_parts and count_lines(image) > 1
+    other = looks[best].forbidden > DOUBT * max(1, len(reading.text))  # than what is known
+    other |= not in_parts and count_lines(image) > 1
     from_edge_to_edge = (image[:, [0, -1]] < INK_TONE).any(0).all()
     if set(reading.text) <= {"_", " "} and from_edge_to_edge:  # a ruled line
         reading = reading._replace(text="", characters=[])
     if known.lexicon and (reading.text or looks_written(image)):  # on blank paper, no text
         found = find_in_lexicon(looks, model.charset, reading, known)
-        return found._replace(confidence=0.0) if several else found  # relative to the other texts
-    if several or not reading.text and looks_written(image):
+        return found._replace(confidence=0.0) if other else found  # relative to the other texts
+    if other or not reading.text and looks_written(image):
         return reading._replace(confidence=0.0)
     return reading._replace(confidence=calibrated(reading.confidence, model.calibration))
 
@@ -872,16 +876,16 @@ def read_labels(csv_path):
         raise InputError(f"no {csv_path}: {remedy}") from None
     except (ValueError, OSError) as error:  # pandas' own errors are ValueErrors
         reason = " ".join(f"cannot be read ({error})".split())
-        raise InputError(f"{csv_path} {reason}: write UTF-8, quote fields with a comma") from None
-    if not isinstance(rows.index, pd.RangeIndex):  # pandas has made the first field an index
-        raise InputError(f"{csv_path} has too many fields in a line: quote labels with commas")
-    rows = rows.rename(columns=lambda name: name.strip().lower())
-    if rows.columns.has_duplicates:  # as Label and label are now
+        raise InputError(f"{csv_path} {reason}: write UTF-8, commas between fields") from None
+    rows = rows.rename(columns=lambda name: name.strip().lower().removesuffix(".1"))
+    if rows.columns.has_duplicates:  # as Label and label are now, or label and pandas' label.1
         raise InputError(f"{csv_path} names a column twice: {','.join(rows.columns)}")
     for column in ("image_path", "label"):  # data.csv adds source and split
         if column not in rows.columns:
             wanted = f"its first line must be image_path,label, not {','.join(rows.columns)}"
             raise InputError(f"{csv_path} has no column {column}: {wanted}")
+    if not isinstance(rows.index, pd.RangeIndex):  # pandas has made the first field an index
+        raise InputError(f"{csv_path} has too many fields in a line: quote labels with commas")
     rows = rows.fillna("")  # a line with too few fields leaves NaN behind
     rows = rows.assign(label=clean(rows.label, csv_path))
     rows = rows[(rows != "").any(axis=1)].reset_index(drop=True)  # without Excel's empty lines

@@ -156,6 +156,7 @@ SHOW_R7 |= {  # pairs of colours of one luminance
     for pair in (("#c80000", "#003cd7"), ("#ff8c28", "#a5a5a5"))
     for ink, ground in (pair, pair[::-1])
 }
+SHOW_R7["transparent in its palette"] = on_nothing(0, 0).quantize(16)
 
 
 def test_blank_paper_stays_blank_in_any_number_of_tones():
@@ -167,6 +168,7 @@ def test_blank_paper_stays_blank_in_any_number_of_tones():
 
 
 ROUGH = {"1", "bool", "mask of 0 and 1", "overshot, as where resized"}  # these lose tones
+ROUGH |= {"transparent in its palette"}
 
 
 @pytest.mark.parametrize("kind", SHOW_R7)
@@ -465,6 +467,9 @@ def test_only_what_is_allowed_is_read(shipped):
     assert others <= set("0123456789")
     (capitals,) = read_images(shipped, lines("Total"), 1, [crnn.know(shipped.charset, "ABLOT")])
     assert capitals.text == "TOTAL"
+    digits, letters = read_images(shipped, lines("1907", "Abbot"), 2, [known] * 2)
+    assert digits.confidence > 0.9
+    assert letters.confidence == 0  # whatever digits they are taken for
 
 
 def test_a_text_of_the_lexicon_may_be_written_in_capitals(shipped):
@@ -654,7 +659,13 @@ UNUSABLE = {  # what reads it, its content, and what the error is to say
     "csv of empty rows": (read_labels, b"image_path,label\n,\n ,\n", "no rows"),  # as of Excel
     "csv without labels": (read_labels, b"image_path,text\na,b\n", "no column label"),
     "malformed csv": (read_labels, b'image_path,label\na,b,c,d\n1,2\n"', "cannot be read"),
-    "csv with a column twice": (read_labels, b"image_path,label,Label\na,b,c\n", "column twice"),
+    "csv with semicolons": (
+        read_labels,
+        b"image_path;label\na;1,50\nb;2\n",
+        "not image_path;label",
+    ),
+    "csv with a column twice": (read_labels, b"image_path,label,label\na,b,c\n", "column twice"),
+    "csv with it in capitals": (read_labels, b"image_path,label,Label\na,b,c\n", "column twice"),
     "line break": (read_labels, LINE_BREAK, "row 2: a label of several lines"),
     "open quotation mark": (read_labels, b'image_path,label\na,"b\nc,d\n"', "row 1: .*quotation"),
     "not UTF-8": (read_labels, b"image_path,label\na.png,\xff\xfe\n", "cannot be read"),
