@@ -117,9 +117,7 @@ def clouds(shape, patches):
 @cache
 def find_words():
     """Split -> its words: of TRDG's dictionary, and those people use, the most frequent first."""
-    import trdg
-
-    dictionary = Path(trdg.__file__).parent / "dicts" / "en.txt"
+    dictionary = Path(text_generator().__file__).parent / "dicts" / "en.txt"
     # At most 12 letters of any alphabet, with ' and - inside
     is_word = re.compile(r"[^\W\d_](([^\W\d_]|['-]){0,10}[^\W\d_])?").fullmatch
     words = {split: ([], []) for split in SPLITS}
