@@ -954,8 +954,7 @@ def in_cells(glyphs):
 def add_lines(ink, ends, tone=(0.3, 1)):
     """Ink with straight lines from (x, y) to (x, y) of a tone, 1 or 2 pixels wide in 50 rows."""
     mask, width = np.zeros(ink.shape, np.uint8), round(choice([1, 1, 2]) * max(1, len(ink) / 50))
-    for a, b in ends:
-        cv2.line(mask, tuple(map(round, a)), tuple(map(round, b)), 255, width, cv2.LINE_AA)
+    cv2.polylines(mask, np.int32(np.round(ends)), False, 255, width, cv2.LINE_AA)
     return np.maximum(ink, mask.astype(np.float32) * (uniform(*tone) / 255))
 
 
