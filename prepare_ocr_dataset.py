@@ -1451,8 +1451,7 @@ def contact_sheet(path, cells, columns):
         if image:
             with crnn.open_image(image) as opened:
                 image = ImageOps.contain(opened.convert("RGB"), (width - 2 * margin, tall - 2))
-            draw.rectangle((x - 1, y - 1, x + image.width, y + image.height), outline="#bbbbbb")
-            sheet.paste(image, (x, y))
+            sheet.paste(ImageOps.expand(image, 1, "#bbbbbb"), (x - 1, y - 1))
         for number, (text, colour) in enumerate(captions):
             draw.text((x, y + tall + number * line), text, font=font, fill=colour)
     with whole_file(path) as temporary:
