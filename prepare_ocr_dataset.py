@@ -457,10 +457,8 @@ STROKES_HEIGHT = 128  # a writer's median character becomes so high, and so does
 IN_PIECES = set('+=:;"#!?$%*')  # a single stroke with such a label is only a piece of the sign
 TOLERANCE = 1.3  # how far a simplified line may lie from the written one, in the same unit
 
-# Of each sample the steps from point to point (points, 2), how many points each of its strokes has,
-# its writer (contributor/name), and its label
-Samples = namedtuple("Samples", "steps points writers labels")
-# A sample before it is packed: its strokes (points, 2) each, y down
+# A sample: its strokes (points, 2) each, y down, or packed as strokes_of() takes them; its label;
+# and its writer (contributor/name)
 Written = namedtuple("Written", "strokes label writer")
 
 
@@ -628,41 +626,42 @@ def believable(strokes, label):
 
 @cache
 def load_strokes():
-    """The Samples of UNIPEN's compact file."""
+    """The samples of UNIPEN's compact file, Written, with packed strokes."""
     with np.load(Path(DATASETS_DIR, STROKES_FILE)) as file:
         points, ends = file["points"], file["strokes"].cumsum()[:-1]
         steps = np.split(file["steps"], points.cumsum()[ends - 1])
         writers, labels = (str(file[name]).split("\n") for name in ("writers", "labels"))
-    return Samples(steps, np.split(points, ends), writers, labels)
+    return list(map(Written, zip(steps, np.split(points, ends)), labels, writers))
 
 
-# What the writers of a split have written, as numbers of samples. texts: label -> its samples, of
-# all writers; labels: of every such sample; writers: of each, character -> samples.
+# What the writers of a split have written. texts: label -> its samples, of all writers; labels: of
+# every such sample; writers: of each, character -> samples.
 People = namedtuple("People", "texts labels writers")
 
 
 @cache
 def people(split):
     """The People of a split."""
-    texts, writers, samples = {}, {}, load_strokes()
-    for number, (writer, label) in enumerate(zip(samples.writers, samples.labels)):
+    texts, writers = {}, {}
+    for sample in load_strokes():
+        label, writer = sample.label, sample.writer
         if split_of(writer.split("/")[-1]) != split:  # a person's, whoever collected the writing
             continue
         # Held-out words are never trained on, whoever wrote them.
         words = re.findall("[A-Za-z]{2,}", label) if split == "train" else []
         if len(label) == 1:
-            writers.setdefault(writer, {}).setdefault(label, []).append(number)
+            writers.setdefault(writer, {}).setdefault(label, []).append(sample)
         elif all(split_of(word) == "train" for word in words):
-            texts.setdefault(label, []).append(number)
-    labels = [label for label, numbers in texts.items() for _ in numbers]
+            texts.setdefault(label, []).append(sample)
+    labels = [label for label, samples in texts.items() for _ in samples]
     return People(texts, labels, list(writers.values()))
 
 
-def strokes_of(number):
-    """The strokes of a sample, a list of float32 (points, 2), y down, near (0, 0)."""
-    samples = load_strokes()
-    places = samples.steps[number].astype(np.int32).cumsum(0).astype(np.float32)  # (points, 2)
-    return np.split(places, samples.points[number].cumsum()[:-1])
+def strokes_of(sample):
+    """The strokes of a packed sample, a list of float32 (points, 2), y down, near (0, 0)."""
+    steps, points = sample.strokes  # from point to point (points, 2); of each stroke, how many
+    places = steps.astype(np.int32).cumsum(0).astype(np.float32)  # (points, 2)
+    return np.split(places, points.cumsum()[:-1])
 
 
 # Signs that UNIPEN lacks, put together of what their writer has, and an x as many write it who join

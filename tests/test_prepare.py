@@ -266,11 +266,11 @@ def test_a_leaning_line_keeps_its_ink(prepare):
 # ---- hands
 def test_writers_of_the_test_are_not_trained_on(prepare, downloaded):
     """Nor is anybody's word, since the ink of characters and of texts is shared."""
-    names, samples = {}, prepare.load_strokes()
+    names = {}
     for split in SPLITS:
         people = prepare.people(split)
-        numbers = sum((n for writer in people.writers for n in writer.values()), [])
-        names[split] = {samples.writers[n] for n in numbers + sum(people.texts.values(), [])}
+        groups = [*people.writers, people.texts]  # label -> samples
+        names[split] = {s.writer for group in groups for some in group.values() for s in some}
     words = re.findall("[A-Za-z]{2,}", " ".join(prepare.people("train").texts))
     assert {crnn.split_of(word) for word in words} == {"train"}
     assert min(map(len, names.values())) > 0

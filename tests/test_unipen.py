@@ -89,16 +89,16 @@ def test_samples_are_cut_out_and_brought_to_one_size(prepare, folder, tmp_path, 
         (folder / "CDROM").symlink_to(tmp_path / "elsewhere")
     assert prepare.fetch_unipen()
     samples = prepare.load_strokes()
-    strokes = [[stroke.tolist() for stroke in prepare.strokes_of(i)] for i in range(5)]
+    strokes = {s.label: [stroke.tolist() for stroke in prepare.strokes_of(s)] for s in samples}
     # 128 high, y down, a step across half of one down
-    assert dict(zip(samples.labels, strokes)) == {
+    assert len(samples) == 5 and strokes == {
         "A": [[[0, 0], [13, 128]], [[90, 0], [90, 128]]],
         "l": [[[0, 0], [0, 128]]],  # the point in the middle of a line is dropped
         "\\": [[[0, 0], [0, 64]]],  # from its second point on
         '"': [[[0, 0], [13, 128]], [[90, 0], [90, 128]]],
         "Vl": [[[0, 0], [13, 128]], [[90, 0], [90, 128]]],
     }
-    assert set(samples.writers) == {"acme/Ann_Smith"}  # who wrote in two sessions
+    assert {s.writer for s in samples} == {"acme/Ann_Smith"}  # who wrote in two sessions
     output = capsys.readouterr().out
     for skipped in ("3 unlike their label", "2 ink files missing", "2 in no such place"):
         assert skipped in output
@@ -126,8 +126,8 @@ def test_whom_and_what_to_leave_out(prepare, folder):
     (folder / "data/1b/beta/more.dat").write_text(f".INCLUDE beta/ink.dat\n{segments}")
     assert prepare.fetch_unipen()
     samples = prepare.load_strokes()
-    assert set(samples.writers) == {"beta/Ann_Smith"}
-    assert samples.labels.count("l") == prepare.PER_CHARACTER
+    assert {s.writer for s in samples} == {"beta/Ann_Smith"}
+    assert [s.label for s in samples].count("l") == prepare.PER_CHARACTER
 
 
 @pytest.fixture
@@ -152,7 +152,7 @@ def server(prepare, tmp_path):
 
 def test_unipen_is_downloaded_and_parsed_once(prepare, server):
     assert prepare.fetch_unipen()
-    assert "Vl" in prepare.load_strokes().labels
+    assert "Vl" in [sample.label for sample in prepare.load_strokes()]
     server.unlink()
     prepare.fetch_unipen.cache_clear()
     assert prepare.fetch_unipen()  # without asking again
