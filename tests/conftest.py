@@ -82,10 +82,13 @@ class Script:
         return getattr(self.module, name)
 
     def set(self, **constants):
-        """Set constants, or functions, of the script; all must exist."""
+        """Set constants, or functions, of the script; all must exist. Empties its caches."""
         for name, value in constants.items():
             self.monkeypatch.setattr(self.module, name, value)
             self.constants[name] = value
+        for name in vars(self.module).keys() - SLOW:
+            if hasattr(vars(self.module)[name], "cache_clear"):
+                vars(self.module)[name].cache_clear()
 
     def command(self, folder):
         """A command that runs the script, as a user would, with the constants set so far."""
@@ -115,6 +118,8 @@ class Script:
         return run.stdout
 
 
+# Caches that are the same in all tests: to look at each font takes six seconds
+SLOW = ["survey_font", "find_words", "typeface"]
 # What a test finds in the scripts, whatever the user has edited there; each gets those it knows
 RECIPE = dict(matrix_learning_rate=1e-2, learning_rate=3e-3, shortcut_weight=0.1, frozen_norms=0.25)
 RECIPE |= dict(channels=(8, 16, 24, 32), hidden=32, blocks=0)
@@ -145,10 +150,6 @@ def script_in(folder, name, monkeypatch, **constants):
     return script
 
 
-# The same in all tests; to look at each font takes six seconds.
-SLOW = ["survey_font", "find_words", "typeface"]
-
-
 @pytest.fixture(scope="session")
 def shipped():
     """The model of the repository, as it reads."""
@@ -163,9 +164,6 @@ def prepare(tmp_path, monkeypatch):
     for name in SLOW:
         if not hasattr(vars(module)[name], "cache_clear"):
             setattr(module, name, cache(vars(module)[name]))
-    for name in vars(module).keys() - SLOW:
-        if hasattr(vars(module)[name], "cache_clear"):  # another test's fonts and downloads
-            vars(module)[name].cache_clear()
     number = dict.fromkeys(module.SOURCES, 24)
     return script_in(tmp_path, "prepare_ocr_dataset", monkeypatch, NUM_IMAGES=number)
 

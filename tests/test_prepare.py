@@ -120,7 +120,7 @@ def test_the_grammar_of_a_user(prepare, tmp_path):
     assert len(texts) > 50
     assert {prepare.pick_text("plate", "val")[0] for _ in range(99)} >= {"", " "}
     path.write_text("plate  B-{tow}\n", encoding="utf-8")
-    prepare.read_grammar.cache_clear()
+    prepare.set(TEXTS_FILE=path)
     with pytest.raises(InputError, match="plate has {tow}"):
         prepare.main()
 
@@ -154,10 +154,8 @@ def test_a_charset_narrow_or_wide_is_drawn(prepare, few_fonts):
     prepare.set(CHARSET="0123456789")
     assert "".join(prepare.sample("trdg_custom", i)[1] for i in range(20)).isdigit()
     for few in ("ABCDEFGH", "01"):
-        prepare.find_fonts.cache_clear()
         prepare.set(CHARSET=few)
         assert set(prepare.sample("trdg_custom", 0)[1]) <= set(few)
-    prepare.find_fonts.cache_clear()
     prepare.set(CHARSET=usual + "äöüé€")
     assert set("äöüé€") <= fonts_by_name(prepare)["poppins-400.woff2"].characters
     typed = "trdg_custom", "synthetic_math", "handwriting"  # the sources that fonts draw
@@ -334,7 +332,6 @@ def test_all_sources(prepare, few_fonts, downloaded, capsys):
 def test_of_emnist_only_what_the_charset_holds_is_drawn(prepare, downloaded, capsys):
     prepare.set(CHARSET="0123456789")
     assert {prepare.sample("emnist_images", i)[1] for i in range(60)} <= set("0123456789")
-    prepare.emnist.cache_clear()
     prepare.set(CHARSET="+-*/.,", NUM_IMAGES=dict(emnist_images=9, emnist_words=9))
     assert list(prepare.count_images()) == ["emnist_words"]
     assert "emnist_images is skipped: CHARSET has no letter" in capsys.readouterr().out
@@ -421,7 +418,6 @@ def test_only_what_changed_is_drawn_again(prepare, few_fonts, capsys, monkeypatc
     for constants, change, new in steps:
         if change:
             change()
-            prepare.find_fonts.cache_clear()
         assert draw(prepare, capsys, **constants)[1] == new, constants
     assert list(data_rows(prepare).source) == ["trdg_custom"] * 5  # no others are listed
     assert set(data_rows(prepare)["style"]) == {"plain"}
