@@ -45,7 +45,7 @@ def trained(tmp_path_factory):
 @pytest.fixture
 def former(tiny, trained):
     """tiny, with the model of an earlier training where its own is to go."""
-    folder_of(tiny).mkdir()
+    Path(tiny.MODEL_PATH).parent.mkdir()
     shutil.copy(trained / "crnn.pth", tiny.MODEL_PATH)
     return tiny
 
@@ -62,18 +62,14 @@ def by_heart(train):
     return train
 
 
-def resume_state(folder):
-    """What a training in folder can resume from, and with it its network after the last epoch."""
-    return torch.load(Path(folder) / "crnn.resume.pth", weights_only=True)
+def resume_state(model_path):
+    """What a training of a model can resume from, and with it its network after the last epoch."""
+    return torch.load(Path(model_path).with_name("crnn.resume.pth"), weights_only=True)
 
 
 def differing(these, those):
     """The names under which two networks' weights differ."""
     return [name for name in these if not torch.equal(these[name], those[name])]
-
-
-def folder_of(train):
-    return Path(train.MODEL_PATH).parent
 
 
 # ---- learning
@@ -111,7 +107,7 @@ def test_few_images_get_more_epochs_and_a_word_of_advice(tiny, capsys, precision
     output = capsys.readouterr().out
     plan = rf"(\d+) epochs of (\d+) batches on cpu in torch.{precision}"
     epochs, batches = map(int, re.search(plan, output).groups())
-    assert epochs == -(-10 // batches) == len(resume_state(folder_of(tiny))["history"])
+    assert epochs == -(-10 // batches) == len(resume_state(tiny.MODEL_PATH)["history"])
     assert output.count("left as they were (history.csv)") == epochs > 1
     assert "Model saved" in output
     advice = output.index('set INIT_WEIGHTS = "ocr_crnn_model/pretrained.pth"')
@@ -157,7 +153,7 @@ def test_empty_paper_is_read_as_nothing(tiny):
     assert (paper.amax((1, 2, 3)) > 0.99).float().mean() > 0.4  # much is stretched, as in reading
     tiny.set(BLANKS=1.0, EPOCHS=30)
     tiny.main()
-    assert resume_state(folder_of(tiny))["history"][-1]["loss"] < 0.1  # nothing is what it learned
+    assert resume_state(tiny.MODEL_PATH)["history"][-1]["loss"] < 0.1  # nothing is what it learned
     images = list(255 - (paper * 255)[:, 0].byte())
     readings = crnn.read_images(load_checkpoint(tiny.MODEL_PATH), images, 8)
     assert {reading.text for reading in readings} == {""}
@@ -185,8 +181,8 @@ def test_own_csv_with_two_columns(train, capsys):
     assert "96 rows" in output
     assert "Test rows, never trained on" in output
     assert output.count(" | ") == 3  # examples
-    assert len(pd.read_csv(folder_of(train) / "history.csv")) == 1
-    assert Image.open(folder_of(train) / "training_curves.png").width > 800
+    assert len(pd.read_csv(Path(train.MODEL_PATH).with_name("history.csv"))) == 1
+    assert Image.open(Path(train.MODEL_PATH).with_name("training_curves.png")).width > 800
 
 
 def test_says_which_rows_are_skipped_and_which_labels_are_never_trained_on(train, capsys):
@@ -269,7 +265,7 @@ def test_killed_and_resumed_reaches_the_same_weights(by_heart, tmp_path):
     """kill -9 in the second half, then RESUME: the very weights of an uninterrupted run."""
     by_heart.set(EPOCHS=12, AUGMENT=1.0, BLANKS=0.1, DROPOUT=0.1)
     by_heart.main()
-    whole = resume_state(folder_of(by_heart))
+    whole = resume_state(by_heart.MODEL_PATH)
     by_heart.set(MODEL_PATH=str(tmp_path / "killed" / "crnn.pth"))
     by_heart.constants.pop("write_history")  # a process of its own has no Mock
     killed = subprocess.Popen(by_heart.command(tmp_path), stdout=subprocess.PIPE, encoding="utf-8")
@@ -277,11 +273,11 @@ def test_killed_and_resumed_reaches_the_same_weights(by_heart, tmp_path):
         if line.startswith("Epoch 7/"):
             killed.kill()
     assert killed.wait() != 0
-    assert resume_state(folder_of(by_heart))["epoch"] in range(6, 12)
+    assert resume_state(by_heart.MODEL_PATH)["epoch"] in range(6, 12)
     load_checkpoint(by_heart.MODEL_PATH)  # whole
     by_heart.set(RESUME=True)
     by_heart.main()
-    resumed = resume_state(folder_of(by_heart))
+    resumed = resume_state(by_heart.MODEL_PATH)
     assert differing(whole["net"], resumed["net"]) == []
     assert [e["losses"] for e in whole["history"]] == [e["losses"] for e in resumed["history"]]
 
@@ -291,7 +287,7 @@ FAULTS = dict(missing="cannot be used", damaged="cannot be used", other="other d
 
 @pytest.mark.parametrize("fault, complaint", FAULTS.items())
 def test_nothing_to_resume(former, trained, fault, complaint):
-    path = folder_of(former) / "crnn.resume.pth"
+    path = Path(former.MODEL_PATH).with_name("crnn.resume.pth")
     if fault == "other":
         shutil.copy(trained / path.name, path)
     elif fault == "damaged":
@@ -333,7 +329,7 @@ def test_new_characters_stay_new_where_fine_tuning_in_place_is_resumed(former):
     stop_in_the_second_epoch(former)
     former.set(read=read_well(1))
     former.main()
-    model, state = load_checkpoint(former.MODEL_PATH, learn=True), resume_state(folder_of(former))
+    model, state = load_checkpoint(former.MODEL_PATH, learn=True), resume_state(former.MODEL_PATH)
     c = model.charset.index["é"]
     assert model.linear.bias[c] == state["average"]["module.linear.bias"][c]
 
@@ -347,7 +343,7 @@ def test_a_start_that_is_stopped_loses_no_model(former, trained, capsys, init):
         assert former.main() == 130
         assert "stopped in epoch 1: nothing was saved" in capsys.readouterr().out
     assert Path(former.MODEL_PATH).read_bytes() == (trained / "crnn.pth").read_bytes()
-    assert list(folder_of(former).iterdir()) == [Path(former.MODEL_PATH)]
+    assert list(Path(former.MODEL_PATH).parent.iterdir()) == [Path(former.MODEL_PATH)]
 
 
 def read_well(*numbers):
@@ -366,7 +362,7 @@ def test_a_worse_epoch_is_not_saved_and_an_earlier_model_is_kept(former, trained
     former.set(EPOCHS=4, read=read_well(6, 5, 6, 1))
     former.main()
     assert load_checkpoint(former.MODEL_PATH).facts["epoch"] == 3  # the last of the best
-    (kept,) = folder_of(former).glob("crnn.20*.pth")  # once, though two epochs are saved
+    (kept,) = Path(former.MODEL_PATH).parent.glob("crnn.20*.pth")  # once, of two saved epochs
     assert kept.name in capsys.readouterr().out
     assert kept.read_bytes() == (trained / "crnn.pth").read_bytes()
 
@@ -404,7 +400,7 @@ def test_fine_tuning_keeps_the_size_and_the_averages(tiny, trained, capsys):
     changed = differing(*(load_checkpoint(path, learn=True).state_dict() for path in paths))
     assert "cnn.0.1.weight" in changed
     assert "cnn.0.1.running_mean" not in changed
-    assert not [name for name in resume_state(folder_of(tiny))["net"] if "shortcut" in name]
+    assert not [name for name in resume_state(tiny.MODEL_PATH)["net"] if "shortcut" in name]
     tiny.set(KEEP_START=1.0)
     tiny.main()
     same = differing(*(load_checkpoint(path, learn=True).state_dict() for path in paths))
@@ -424,7 +420,7 @@ def test_norms_are_frozen_at_the_statistics_of_the_average(train):
 
 
 def test_what_is_saved_is_the_average(trained):
-    state = resume_state(trained)
+    state = resume_state(trained / "crnn.pth")
     saved = load_checkpoint(trained / "crnn.pth", learn=True).state_dict()
     assert differing(saved, {name: state["average"][f"module.{name}"] for name in saved}) == []
     last = {name: state["net"][f"crnn.{name}"] for name in saved}
