@@ -78,16 +78,13 @@ def pick(prepare, *label_and_split, **line):
 
 
 def draw(prepare, capsys, **constants):
-    """Run main with these constants. Returns what it printed, and how many images were new."""
+    """Run main with these constants. Returns what it printed, how many images are new, all rows."""
     prepare.set(**constants)
     capsys.readouterr()
     prepare.main()
     output = capsys.readouterr().out
-    return output, int(re.search(r"\(([\d,]+) new\)", output)[1])
-
-
-def data_rows(prepare):
-    return read_labels(Path(prepare.DATASETS_DIR) / "data.csv")
+    rows = read_labels(Path(prepare.DATASETS_DIR) / "data.csv")
+    return output, int(re.search(r"\(([\d,]+) new\)", output)[1]), rows
 
 
 def read(model, images):
@@ -314,9 +311,9 @@ def test_an_image_shows_its_label(prepare, downloaded, shipped, source):
 
 
 def test_all_sources(prepare, few_fonts, downloaded, capsys):
-    _, new = draw(prepare, capsys, NUM_IMAGES=dict.fromkeys(prepare.SOURCES, 10))
+    _, new, rows = draw(prepare, capsys, NUM_IMAGES=dict.fromkeys(prepare.SOURCES, 10))
     assert new == 10 * len(prepare.SOURCES)
-    rows, folder = data_rows(prepare), Path(prepare.DATASETS_DIR)
+    folder = Path(prepare.DATASETS_DIR)
     assert list(rows.columns) == ["image_path", "label", "source", "split", "style"]
     assert set(rows.split) == set(SPLITS)
     assert {"plain", "form", "fields"} < set(rows["style"])
@@ -415,12 +412,13 @@ def test_only_what_changed_is_drawn_again(prepare, few_fonts, capsys, monkeypatc
         (dict(TEXTS_FILE=grammar), None, 5),
     ]
     prepare.set(CHUNK=3)
-    for constants, change, new in steps:
+    for constants, change, missing in steps:
         if change:
             change()
-        assert draw(prepare, capsys, **constants)[1] == new, constants
-    assert list(data_rows(prepare).source) == ["trdg_custom"] * 5  # no others are listed
-    assert set(data_rows(prepare)["style"]) == {"plain"}
+        _, new, rows = draw(prepare, capsys, **constants)
+        assert new == missing, constants
+    assert list(rows.source) == ["trdg_custom"] * 5  # no others are listed
+    assert set(rows["style"]) == {"plain"}
 
 
 def test_images_of_ones_own(prepare, few_fonts, capsys):
@@ -431,8 +429,8 @@ def test_images_of_ones_own(prepare, few_fonts, capsys):
     (folder / "labels.csv").write_text("\n".join(["image_path,label", *labels]))
     (folder / "scans" / "7.png").unlink()  # missing: it is left to the training to report
     write_csv(folder / "meters", ["12", "34"], "labels.csv", source="dials", split="test")
-    draw(prepare, capsys, NUM_IMAGES=dict(trdg_custom=2e0, synthetic_math=-1), NUM_WORKERS=0)
-    own = data_rows(prepare)[2:]
+    constants = dict(NUM_IMAGES=dict(trdg_custom=2e0, synthetic_math=-1), NUM_WORKERS=0)
+    own = draw(prepare, capsys, **constants)[2][2:]
     paths = [f"custom/scans/{i}.png" for i in range(30)]
     assert list(own.image_path) == [*paths, "custom/meters/0.png", "custom/meters/1.png"]
     assert list(own.label) == [*texts, "12", "34"]
@@ -443,20 +441,20 @@ def test_images_of_ones_own(prepare, few_fonts, capsys):
     write_csv(folder / "meters", ["13", "34"], "../labels (1).csv", source="meters")
     corrected.write_text(re.sub(r"(\d.png)", r"meters/\1", corrected.read_text()))
     os.utime(corrected, (2e9, 2e9))  # newer than labels.csv
-    draw(prepare, capsys)
-    own = data_rows(prepare)[2:]
+    own = draw(prepare, capsys)[2][2:]
     assert len(own) == 32
     assert dict(zip(own.image_path, own.label)).items() >= {("custom/meters/0.png", "13")}
     corrected.unlink()
     if sys.platform != "win32":  # where only some may make links
         (folder / "meters").rename(folder.parent / "elsewhere")
         (folder / "meters").symlink_to(folder.parent / "elsewhere")
-        draw(prepare, capsys)
-        assert list(data_rows(prepare)[32:].image_path) == ["elsewhere/0.png", "elsewhere/1.png"]
+        linked = draw(prepare, capsys)[2][32:]
+        assert list(linked.image_path) == ["elsewhere/0.png", "elsewhere/1.png"]
     for path in (folder, folder / "meters"):
         (path / "labels.csv").unlink()
-    assert "no labels.csv" in draw(prepare, capsys)[0]
-    assert set(data_rows(prepare).source) == {"trdg_custom"}
+    output, _, rows = draw(prepare, capsys)
+    assert "no labels.csv" in output
+    assert set(rows.source) == {"trdg_custom"}
 
 
 # ---- what is missing or wrong
@@ -471,7 +469,7 @@ def test_what_cannot_be_used_is_named_and_left_out(prepare, few_fonts, capsys, m
         monkeypatch.setattr(torchvision.datasets.EMNIST, "url", url + "gzip.zip")
         prepare.set(DOWNLOAD_TIMEOUT=1, UNIPEN_RECORD=url)
         start = time.monotonic()
-        output, _ = draw(prepare, capsys, NUM_IMAGES=dict.fromkeys(prepare.SOURCES, 2))
+        output, _, rows = draw(prepare, capsys, NUM_IMAGES=dict.fromkeys(prepare.SOURCES, 2))
     assert time.monotonic() - start < 30
     assert socket.getdefaulttimeout() is None  # as before
     for name, place in (("EMNIST", "emnist/EMNIST/raw/"), ("UNIPEN", "unipen/")):
@@ -479,7 +477,7 @@ def test_what_cannot_be_used_is_named_and_left_out(prepare, few_fonts, capsys, m
         assert f"{Path(prepare.DATASETS_DIR).as_posix()}/{place}" in output
     assert "broken ü.ttf is skipped" in output
     assert "handwriting is skipped: it needs two families of handwritten fonts" in output
-    assert set(data_rows(prepare).source) == {"trdg_custom", "synthetic_math"}
+    assert set(rows.source) == {"trdg_custom", "synthetic_math"}
 
 
 COMPLAINTS = [
