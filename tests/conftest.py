@@ -171,11 +171,9 @@ def prepare(tmp_path, monkeypatch):
 @pytest.fixture
 def few_fonts(prepare, tmp_path):
     """FONTS_DIR is a folder of six fonts, for tests that need no more."""
-    fonts = "printed/arvo-700 printed/abel-400 printed/poppins-400 "
-    fonts += "handwriting/caveat-400 handwriting/kalam-400 handwriting/neucha-400"
-    for font in fonts.split():
-        (tmp_path / "fonts" / font).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(ROOT / "myFonts" / f"{font}.woff2", (tmp_path / "fonts" / font).parent)
+    few = "arvo-700 abel-400 poppins-400 caveat-400 kalam-400 neucha-400".split()
+    others = {path.name for path in (ROOT / "myFonts").rglob("*.*") if path.stem not in few}
+    shutil.copytree(ROOT / "myFonts", tmp_path / "fonts", ignore=lambda *_: others)
     prepare.set(FONTS_DIR=str(tmp_path / "fonts"))
 
 
