@@ -165,6 +165,8 @@ def test_blank_paper_stays_blank_in_any_number_of_tones():
         assert load_image(tones).min() > 200
     for size in ((1, 1), (1, 2), (2, 2)):
         assert load_image(np.full(size, 40_000, np.uint16)).min() > 200
+    tinted = np.random.default_rng(0).integers(228, 236, (40, 90, 3), dtype=np.uint8)  # faintly
+    assert load_image(Image.fromarray(tinted)).min() > 190
 
 
 ROUGH = {"1", "bool", "mask of 0 and 1", "overshot, as where resized"}  # these lose tones
@@ -238,11 +240,6 @@ def test_odd_sizes_keep_their_aspect(size, width):
 def test_a_line_may_be_large():
     line = line_image("R7 g", size=900, margin=200)
     assert min(line.size) > 1000 and crnn.try_load(line)[0] is not None
-
-
-def test_faint_noise_is_not_ink():
-    noise = np.random.default_rng(0).integers(228, 236, (40, 90, 3), dtype=np.uint8)  # tinted
-    assert load_image(Image.fromarray(noise)).min() > 190
 
 
 def test_hard_edges_are_softened_and_those_of_small_text_less():
