@@ -20,6 +20,7 @@ sys.path.insert(0, str(ROOT))
 FONT = str(ROOT / "myFonts" / "DejaVuSans.ttf")
 WEIGHTS = ROOT / "ocr_crnn_model" / "pretrained.pth"  # as shipped
 CHARSET = "".join(map(chr, range(32, 127))) + "×÷±√π≤≥≠"  # as shipped
+FORK = pytest.mark.skipif(sys.platform != "linux", reason="no safe fork beside threads")
 
 # Every download fails at once, in processes of their own too: nothing answers at that port.
 os.environ.update(http_proxy="http://127.0.0.1:9", https_proxy="http://127.0.0.1:9")

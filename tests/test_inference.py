@@ -7,7 +7,6 @@ import os
 import re
 import runpy
 import shutil
-import sys
 from pathlib import Path
 from unittest.mock import DEFAULT, Mock
 
@@ -15,7 +14,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import ROOT, WEIGHTS, contents, fake_emnist, line_image, write_csv
+from conftest import FORK, ROOT, WEIGHTS, contents, fake_emnist, line_image, write_csv
 from PIL import Image
 
 import crnn
@@ -187,7 +186,7 @@ def test_of_a_folder_what_is_no_image_is_named_and_the_rest_is_read(infer, line,
     assert skipped == ["text.jpg", "zero.png", "missing.png"]
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="no safe fork beside threads")
+@FORK
 def test_a_forked_child_reads_what_its_parent_has_loaded(infer, checkpoint, line):
     """torch's threads stay behind in the parent: a child that used them would wait for ever."""
     model, number = load_checkpoint(checkpoint), torch.get_num_threads()

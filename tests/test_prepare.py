@@ -20,7 +20,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torchvision
-from conftest import FONT, contents, fake_emnist, line_image, write_csv
+from conftest import FONT, FORK, contents, fake_emnist, line_image, write_csv
 from fontTools.ttLib import TTFont
 from PIL import Image, ImageDraw
 
@@ -29,7 +29,6 @@ import prepare_ocr_dataset
 from crnn import InputError, load_image, read_labels
 
 SPLITS = "train", "val", "test"
-FORK = pytest.mark.skipif(sys.platform != "linux", reason="no safe fork beside threads")
 
 
 def strokes_like(text, height):
