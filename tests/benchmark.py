@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from conftest import ROOT, WEIGHTS, Script
+from conftest import FOREIGN, ROOT, WEIGHTS, Script
 from peers import READERS
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
@@ -33,7 +33,6 @@ from inference_crnn import recognize
 FOLDER = ROOT / "datasets" / "benchmark"  # images, csv files and models of the benchmark
 RESULTS = ROOT / "tests" / "results.csv"  # a row a figure; the newest of a measure counts
 DEFAULT_CSV = ROOT / "datasets" / "data.csv"  # of python prepare_ocr_dataset.py
-FOREIGN = ROOT / "tests" / "foreign"  # images by other programs
 READING_WORDS = 480  # printed words of about 100 pixels, of the part reading
 REPEATS = 5  # of each timing of that part
 PEERS_ROWS = 2_000  # test rows of each source, of the part peers: by default all

@@ -19,6 +19,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 FONT = str(ROOT / "myFonts" / "DejaVuSans.ttf")
 WEIGHTS = ROOT / "ocr_crnn_model" / "pretrained.pth"  # as shipped
+FOREIGN = ROOT / "tests" / "foreign"  # images by other programs
 CHARSET = "".join(map(chr, range(32, 127))) + "×÷±√π≤≥≠"  # as shipped
 FORK = pytest.mark.skipif(sys.platform != "linux", reason="no safe fork beside threads")
 

@@ -17,14 +17,12 @@ import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import CHARSET, FONT, ROOT, WEIGHTS, line_image
+from conftest import CHARSET, FONT, FOREIGN, WEIGHTS, line_image
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 import crnn
 from crnn import BLANK, Charset, InputError, load_checkpoint, load_image, read_images, read_labels
 from train_crnn import calibrate
-
-FOREIGN = ROOT / "tests" / "foreign"
 
 
 def lines(*texts):
