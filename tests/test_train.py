@@ -9,7 +9,7 @@ from unittest.mock import DEFAULT, Mock
 import pandas as pd
 import pytest
 import torch
-from conftest import FONT, ROOT, line_image, script_in, write_csv
+from conftest import FONT, RECIPE, ROOT, line_image, script_in, write_csv
 from PIL import Image
 
 import crnn
@@ -389,8 +389,7 @@ def test_starts_from_other_weights_by_character(tiny, trained, capsys):
 
 
 def test_fine_tuning_keeps_the_size_and_the_averages(tiny, trained, capsys):
-    tiny.set(INIT_WEIGHTS=str(trained / "crnn.pth"))
-    tiny.set(FROM_NOTHING=dict(tiny.FROM_NOTHING, hidden=16))
+    tiny.set(INIT_WEIGHTS=str(trained / "crnn.pth"), FROM_NOTHING=RECIPE | dict(hidden=16))
     tiny.main()
     assert "the starting weights — Accuracy" in capsys.readouterr().out
     tuned = load_checkpoint(tiny.MODEL_PATH)
@@ -408,11 +407,10 @@ def test_fine_tuning_keeps_the_size_and_the_averages(tiny, trained, capsys):
 
 
 def test_norms_are_frozen_at_the_statistics_of_the_average(train):
-    train.set(FROM_NOTHING=train.FROM_NOTHING | dict(frozen_norms=0.25))
     model, average = (CRNN(Charset("ab"), (8, 16, 24, 32), 16).train() for _ in range(2))
     norm = average.cnn[0][1]
     norm.running_mean.fill_(3)
-    train.freeze_norms(model, average, epoch=3, epochs=4)
+    train.freeze_norms(model, average, epoch=3, epochs=4)  # in conftest, the last quarter
     assert model.cnn[0][1].training and model.cnn[0][1].running_mean.max() == 0
     train.freeze_norms(model, average, epoch=4, epochs=4)
     assert not model.cnn[0][1].training and model.cnn[0][1].running_mean.min() == 3
