@@ -20,7 +20,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torchvision
-from conftest import FONT, FORK, contents, fake_emnist, line_image, write_csv
+from conftest import CHARSET, FONT, FORK, contents, fake_emnist, line_image, write_csv
 from fontTools.ttLib import TTFont
 from PIL import Image, ImageDraw
 
@@ -146,13 +146,11 @@ def test_words_of_the_test_are_not_trained_on(prepare):
 
 def test_a_charset_narrow_or_wide_is_drawn(prepare, few_fonts):
     """Digits only; and accents and a currency: in words, alone and before a number."""
-    usual = prepare.CHARSET
-    prepare.set(CHARSET="0123456789")
-    assert "".join(prepare.sample("trdg_custom", i)[1] for i in range(20)).isdigit()
-    for few in ("ABCDEFGH", "01"):
+    for few in ("0123456789", "ABCDEFGH", "01"):
         prepare.set(CHARSET=few)
-        assert set(prepare.sample("trdg_custom", 0)[1]) <= set(few)
-    prepare.set(CHARSET=usual + "äöüé€")
+        drawn = "".join(prepare.sample("trdg_custom", i)[1] for i in range(20))
+        assert drawn and set(drawn) <= set(few)
+    prepare.set(CHARSET=CHARSET + "äöüé€")
     assert set("äöüé€") <= fonts_by_name(prepare)["poppins-400.woff2"].characters
     typed = "trdg_custom", "synthetic_math", "handwriting"  # the sources that fonts draw
     drawn = [prepare.sample(source, i)[1] for source in typed for i in range(60)]
