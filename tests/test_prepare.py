@@ -345,12 +345,10 @@ def test_workers_change_nothing(prepare, few_fonts, downloads, tmp_path, way):
     spawn = way == "spawn"  # one chunk for one worker, since it takes three seconds to start
     sources = dict(trdg_custom=8) if spawn else dict(trdg_custom=8, unipen_text=8)
     prepare.set(SEED=7, CHUNK=8 if spawn else 3, NUM_IMAGES=sources)
-    for name in ("one", "two"):
+    prepare.set(ProcessPoolExecutor=partial(ProcessPoolExecutor, mp_context=get_context(way)))
+    for name, number in dict(one=1, two=2).items():
         shutil.copytree(downloads, tmp_path / name)
-        prepare.set(DATASETS_DIR=str(tmp_path / name))
-        if name == "two":
-            pool = partial(ProcessPoolExecutor, mp_context=get_context(way))
-            prepare.set(NUM_WORKERS=2, ProcessPoolExecutor=pool)
+        prepare.set(DATASETS_DIR=str(tmp_path / name), NUM_WORKERS=number)
         prepare.main()
     one = contents(tmp_path / "one")
     assert len([name for name in one if name.endswith(".png")]) == sum(sources.values()) + 1
