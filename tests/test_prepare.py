@@ -13,7 +13,7 @@ from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
-from unittest.mock import Mock
+from unittest.mock import DEFAULT, Mock
 
 import cv2
 import numpy as np
@@ -365,9 +365,7 @@ def test_a_run_that_was_stopped_ends_in_the_same_bytes(prepare, few_fonts, capsy
     whole, sample = contents(prepare.DATASETS_DIR), prepare.sample
     if seed == 0:
         shutil.rmtree(Path(prepare.DATASETS_DIR) / "trdg_custom")
-    prepare.set(SEED=seed)
-    first = [sample("trdg_custom", i) for i in range(8)]
-    prepare.set(sample=Mock(side_effect=[*first, stop]))
+    prepare.set(SEED=seed, sample=Mock(wraps=sample, side_effect=[DEFAULT] * 8 + [stop]))
     with pytest.raises((KeyboardInterrupt, OSError)):
         prepare.main()
     left = contents(prepare.DATASETS_DIR)  # no labels of the former images
