@@ -308,11 +308,10 @@ def test_other_data_and_constants_are_noticed(train):
 
 
 def stop_in_the_second_epoch(train):
-    epochs = Mock(wraps=train.train_epoch, side_effect=[DEFAULT, KeyboardInterrupt])
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train.module, "train_epoch", epochs)
-        train.main()
-    train.set(RESUME=True)
+    whole = train.train_epoch
+    train.set(train_epoch=Mock(wraps=whole, side_effect=[DEFAULT, KeyboardInterrupt]))
+    train.main()
+    train.set(train_epoch=whole, RESUME=True)
 
 
 def test_a_resumed_training_knows_its_best_epoch(tiny):
