@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import FORK, ROOT, WEIGHTS, contents, fake_emnist, line_image, write_csv
+from conftest import CHARSET, FORK, ROOT, WEIGHTS, contents, fake_emnist, line_image, write_csv
 from PIL import Image
 
 import crnn
@@ -24,8 +24,7 @@ from crnn import CRNN, Charset, InputError, load_checkpoint, save_checkpoint
 @pytest.fixture
 def checkpoint(infer):
     """An untrained network: what it reads is nonsense, how it is reported is not."""
-    characters = "".join(map(chr, range(32, 127)))
-    save_checkpoint(infer.MODEL_PATH, CRNN(Charset(characters), (8, 16, 24, 32), 16))
+    save_checkpoint(infer.MODEL_PATH, CRNN(Charset(CHARSET), (8, 16, 24, 32), 16))
     return Path(infer.MODEL_PATH)
 
 
