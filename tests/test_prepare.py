@@ -64,9 +64,9 @@ def fonts_by_name(prepare):
     return {Path(font.path).name: font for font in prepare.find_fonts()[0]}
 
 
-def make_line(prepare, label, split="train", alone=False, source="trdg_custom"):
+def make_line(prepare, label, split="train", alone=False, source="trdg_custom", style="plain"):
     source = prepare.SOURCES[source]
-    style = prepare.STYLES[source.kind]["plain"]
+    style = prepare.STYLES[source.kind][style]
     return prepare.Line(label, alone, split, source, style, source.texts)
 
 
@@ -173,9 +173,8 @@ def test_fonts_of_the_test_are_not_trained_in(prepare):
             picked = [pick(prepare, "abc", split, source=source) for _ in range(30)]
             assert {font.held_out for font in picked} == {split != "train"}
     for split, style in itertools.product(SPLITS, ("receipt", "display")):  # fonts by their names
-        line = make_line(prepare, "12", split)
-        line = line._replace(style=prepare.STYLES[prepare.PRINTED][style])
-        assert {line.source.pick(line).held_out for _ in range(30)} == {split != "train"}
+        picked = [pick(prepare, "12", split, style=style) for _ in range(30)]
+        assert {font.held_out for font in picked} == {split != "train"}
     for kind in (True, False):  # nothing is trained on that is never tested
         sides = [f.characters for f in fonts if f.kind == prepare.PRINTED and f.held_out == kind]
         assert set().union(*sides) == set(prepare.CHARSET)
