@@ -552,9 +552,10 @@ class Known(NamedTuple):
 def know(charset, allowed=None, lexicon=None):
     """The Known of the characters that are allowed, a string; None: all that the charset holds.
 
-    Where only one case of a letter is allowed, the other is read as that one. lexicon: texts, or a
-    file with one per line; None: any. Texts with other characters are left out, the first five of
-    them named on standard error. InputError: nothing is left, or no such character or file.
+    Where only one case of a letter is allowed, the other is read as that one; what seems to show
+    yet others is read with confidence 0. lexicon: texts, or a file with one per line; None: any.
+    Texts with other characters are left out, the first five of them named on standard error.
+    InputError: nothing is left, or no such character or file.
     """
     allowed = normalize("NFC", "".join(map(str, "" if allowed is None else allowed)))
     if unknown := charset.unknown(allowed):
@@ -639,7 +640,7 @@ class Look(NamedTuple):
 
     reading: Reading
     log_probs: torch.Tensor  # (T, C)
-    forbidden: float = 0.0  # nats: log of the probability of any characters over only allowed ones
+    forbidden: float = 0.0  # nats that its frames lose, all together, by what is not allowed
 
 
 def read_images(model, images, batch_size, known=None):
