@@ -678,15 +678,16 @@ def look_at(model, images, batch_size, known):
         ink = to_ink(torch.stack([pad(images[i]) for i in batch]))[:, None]  # (N, 1, H, W)
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             log_probs = model(ink.to(device)).float().log_softmax(2).cpu()  # (T, N, C)
+        forbidden = [0.0] * len(batch)
         for n, i in enumerate(batch):
             if known[i].taken_for is not None:
                 sums = torch.zeros(len(log_probs), log_probs.shape[2] + 1)  # (T, C + 1)
                 sums.index_add_(1, known[i].taken_for, log_probs[:, n].exp())
-                log_probs[:, n] = sums[:, :-1].log()  # (T, C)
-        allowed = log_probs.logsumexp(2, keepdim=True)  # (T, N, 1), 0 where all characters are
-        log_probs -= allowed
-        readings, forbidden = greedy_decode(log_probs, model.charset), -allowed.sum((0, 2))  # (N,)
-        for i, *look in zip(batch, readings, log_probs.unbind(1), forbidden.tolist()):
+                allowed = sums[:, :-1].log()  # (T, C)
+                log_probs[:, n] = allowed.log_softmax(1)
+                forbidden[n] = -float(allowed.logsumexp(1).sum())
+        readings = greedy_decode(log_probs, model.charset)
+        for i, *look in zip(batch, readings, log_probs.unbind(1), forbidden):
             looks[i] = Look(*look)
     return looks
 

@@ -246,8 +246,9 @@ def find_fonts():
     """The usable Fonts of FONTS_DIR, and lines about the others and about those held out."""
     fonts, notes = [], []
     left_out = pd.read_csv(LEFT_OUT_FILE, dtype=str, keep_default_na=False, index_col=0).characters
-    found = glob("**", root_dir=FONTS_DIR, recursive=True)  # also behind links; no Mac's ._ files
-    for path in sorted((Path(FONTS_DIR, f) for f in found), key=Path.as_posix):  # on all systems
+    # Also behind links, without a Mac's ._ files, and in one order on all systems
+    found = glob("**", root_dir=FONTS_DIR, recursive=True)
+    for path in sorted((Path(FONTS_DIR, f) for f in found), key=Path.as_posix):
         if path.suffix.lower() not in {".ttf", ".otf", ".woff", ".woff2"}:
             continue
         kind = HANDWRITTEN if "handwriting" in path.relative_to(FONTS_DIR).parts else PRINTED
