@@ -694,14 +694,16 @@ def look_at(model, images, batch_size, known):
 
 def choose_reading(model, image, looks, known):
     """The calibrated Reading of an image: of what its Looks read, the likeliest on average."""
-    best, reading = 0, looks[0].reading
+    reading = looks[0].reading
     if len(looks) > 1:
         targets = [model.charset.encode(look.reading.text) for look in looks]
         scores = mean_log_probability(looks, targets)  # (looks,)
         best = int(scores.argmax())
         reading = looks[best].reading._replace(confidence=min(1.0, float(scores[best].exp())))
     in_parts = reading.text and set(reading.text) <= set("=:;÷")  # their parts look like two lines
-    other = looks[best].forbidden > DOUBT * max(1, len(reading.text))  # than what is known
+    # The first that reads so: several may, and which of them scores best is then rounding
+    look = next(look for look in looks if look.reading.text == reading.text)
+    other = look.forbidden > DOUBT * max(1, len(reading.text))  # than what is known
     other |= not in_parts and count_lines(image) > 1
     from_edge_to_edge = (image[:, [0, -1]] < INK_TONE).any(0).all()
     if set(reading.text) <= {"_", " "} and from_edge_to_edge:  # a ruled line
