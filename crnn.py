@@ -382,7 +382,7 @@ class Block(nn.Module):
         super().__init__()
         self.convolution = nn.Conv2d(features, features, (1, 3), padding=(0, 1), bias=False)
         self.norm = nn.BatchNorm2d(features)
-        nn.init.zeros_(self.norm.weight)  # a new block starts as the identity
+        nn.init.zeros_(self.convolution.weight)  # a new block starts as the identity
 
     def forward(self, x):
         return F.relu(x + self.norm(self.convolution(x)))  # the shape of x

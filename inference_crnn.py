@@ -202,6 +202,8 @@ def list_samples(arguments):
     samples, kinds = [], Image.registered_extensions()  # by suffix; PDF is not in Image.OPEN
     # The shell of Windows does not expand *.png
     named = [[a] if os.path.exists(a) else sorted(glob(a)) or [a] for a in map(str, arguments)]
+    if [""] in named:  # an unset variable of a shell: Path takes it for this folder
+        raise InputError("an argument is empty: name images, folders with some, or a csv")
     for path in map(Path, itertools.chain(*named)):
         if os.path.isdir(path):
             # Without hidden files, such as a Mac's ._ files: * does not match a leading dot

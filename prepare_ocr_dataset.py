@@ -24,8 +24,10 @@ from concurrent.futures import ProcessPoolExecutor
 from functools import cache, lru_cache, partial
 from glob import glob
 from importlib.metadata import version
+from multiprocessing import parent_process
 from pathlib import Path
 from random import choice, gauss, randint, uniform
+from threading import Thread
 from types import SimpleNamespace
 from typing import NamedTuple
 from unicodedata import normalize
@@ -467,14 +469,15 @@ Written = namedtuple("Written", "strokes label writer")
 def fetch_unipen():
     """Whether UNIPEN's strokes are there; downloads and parses them if need be."""
     strokes, page = Path(DATASETS_DIR, STROKES_FILE), UNIPEN_RECORD.replace("/api", "")
-    folder = strokes.parent
-    if not strokes.exists():
-        with downloading("UNIPEN", f"To use it, unpack {page} into {folder.as_posix()}/"):
-            anywhere = f"{folder.as_posix()}/**/data/7"  # as somebody has unpacked or linked it
-            if not glob(anywhere, recursive=True):
-                download_unipen(folder)
+    folder, name = strokes.parent.as_posix(), strokes.name
+    with downloading("UNIPEN", f"To use it, unpack {page} into {folder}/, without any {name}"):
+        anywhere = f"{folder}/**/data/7"  # as somebody has unpacked or linked it
+        if not (strokes.exists() or glob(anywhere, recursive=True)):
+            download_unipen(strokes.parent)
+        if not strokes.exists():
             parse_unipen(Path(min(glob(anywhere, recursive=True))).parents[1], strokes)
-    return strokes.exists()
+        return bool(load_strokes())
+    return False
 
 
 def download_unipen(folder):
@@ -1361,6 +1364,11 @@ def draw_chunk(constants, chunk):
     return len(rows)
 
 
+def end_with_parent():
+    """End this worker if its parent is killed: it would draw on, and then wait for ever."""
+    Thread(target=lambda: (parent_process().join(), os._exit(1)), daemon=True).start()
+
+
 def draw_all(counts):
     """Draw what is missing. Returns the rows of all images, and how many were missing."""
     chunks, marks, folder = [], find_marks(counts), Path(DATASETS_DIR)
@@ -1379,7 +1387,7 @@ def draw_all(counts):
     task = partial(draw_chunk, constants)
     new = sum(len(chunk.indices) for chunk in missing)
     workers, bar = max(1, NUM_WORKERS), crnn.progress(desc="drawing", total=new)
-    with ProcessPoolExecutor(workers) as pool, bar:
+    with ProcessPoolExecutor(workers, initializer=end_with_parent) as pool, bar:
         for number in (pool.map if workers > 1 else map)(task, missing):
             bar.update(number)
     return pd.concat(map(rows_of, chunks), ignore_index=True), new

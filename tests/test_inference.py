@@ -275,6 +275,7 @@ REMEDIES = [
     (dict(PREDICTIONS_CSV="empty"), ["0.png"], "PREDICTIONS_CSV = 'empty' is no file"),
     (dict(PREDICTIONS_JSONL="empty"), ["0.png"], "PREDICTIONS_JSONL = 'empty' is no file"),
     (dict(), ["empty"], "no images to read"),
+    (dict(), [""], "an argument is empty"),
 ]
 
 

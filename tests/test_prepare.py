@@ -6,6 +6,7 @@ import random
 import re
 import shutil
 import socket
+import subprocess
 import sys
 import time
 from collections import Counter
@@ -372,6 +373,16 @@ def test_a_run_that_was_stopped_ends_in_the_same_bytes(prepare, few_fonts, capsy
     (Path(prepare.DATASETS_DIR) / "trdg_custom" / ".00006.csv.99.part").touch()  # by kill -9
     assert draw(prepare, capsys, SEED=0, sample=sample)[1] == new
     assert contents(prepare.DATASETS_DIR) == whole
+
+
+def test_no_worker_outlives_a_killed_run(prepare, few_fonts, tmp_path):
+    prepare.set(NUM_IMAGES=dict(trdg_custom=100_000), NUM_WORKERS=2)
+    run = subprocess.Popen(prepare.command(tmp_path), stdout=subprocess.PIPE)
+    while run.poll() is None and not any(Path(prepare.DATASETS_DIR).glob("trdg_custom/*.png")):
+        time.sleep(0.05)
+    assert run.poll() is None
+    run.kill()
+    run.communicate(timeout=20)  # until the last process that could print has ended
 
 
 def test_only_what_changed_is_drawn_again(prepare, few_fonts, capsys, monkeypatch, tmp_path):

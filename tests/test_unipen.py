@@ -158,13 +158,16 @@ def test_unipen_is_downloaded_and_parsed_once(prepare, server):
     assert prepare.fetch_unipen()  # without asking again
 
 
-@pytest.mark.parametrize("damage", ["checksum", "record", "server", "files"])
+@pytest.mark.parametrize("damage", ["checksum", "record", "server", "files", "strokes"])
 def test_a_failed_download_says_what_to_do(prepare, server, folder, damage, capsys):
     text = server.read_text()
     damaged = dict(checksum=text.replace("md5:", "md5:0"), record=text[:40])
     for name in ["data", "include"] if damage == "files" else []:  # unpacked, but nothing in them
         (folder / name).mkdir(parents=True)
     server.write_text(damaged[damage]) if damage in damaged else server.unlink()
+    if damage == "strokes":
+        folder.mkdir(parents=True)
+        (folder / "strokes.npz").write_bytes(b"PK\x03\x04 cut short")
     assert not prepare.fetch_unipen()
     line = capsys.readouterr().out.strip().split("\n")[-1]
     assert "UNIPEN" in line and folder.as_posix() in line
