@@ -88,7 +88,9 @@ def run(main, *arguments):
     except BrokenPipeError:  # the program reading our output has quit, as head does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(status)
-    except OSError as error:  # unreadable inputs are InputErrors already
+    except FileNotFoundError as error:  # missing inputs are InputErrors already
+        sys.exit(f"{error.filename} is missing: fetch this project again, and run it in its folder")
+    except OSError as error:
         sys.exit(f"cannot write: {error}. Free some space, or set another folder in the constants")
     except KeyboardInterrupt:
         sys.exit("interrupted: run the same command again (train_crnn.py: RESUME = True continues)")
@@ -560,16 +562,17 @@ def know(charset, allowed=None, lexicon=None):
     allowed = normalize("NFC", "".join(map(str, "" if allowed is None else allowed)))
     if unknown := charset.unknown(allowed):
         raise InputError(f"ALLOWED has {unknown[0]}, which the model does not know: take it out")
-    taken_for = None
+    taken_for, can = None, set(charset.index)
     allowed = allowed if allowed.strip() else ""
     if allowed:
         kept, nothing = {c: charset.index[c] for c in allowed}, charset.num_classes
         classes = [kept.get(c, kept.get(c.swapcase(), nothing)) for c in charset.characters]
         taken_for = torch.tensor([BLANK, *classes])  # (C,)
+        can &= set(allowed + allowed.swapcase())
     if lexicon is None or isinstance(lexicon, str) and not lexicon:
         return Known(taken_for)
     texts = read_lexicon(lexicon)
-    other = {text: set(text) - set(allowed or charset.index) for text in texts}
+    other = {text: set(text) - can for text in texts}
     reason = "ALLOWED lacks" if allowed else "the model does not know"
     for text in [text for text in texts if other[text]][:5]:
         names = " ".join(map(describe, sorted(other[text])))
@@ -751,27 +754,24 @@ def shrink(image):
     return resize(F.pad(image, (0, 0, 5, 1), value=255))  # (HEIGHT, new W)
 
 
-def resize(image, stretch=1.0):
-    """An image (rows, W), uint8, at HEIGHT rows, and so many times as wide as that makes it."""
-    width = image.shape[1] * stretch * HEIGHT / len(image)
-    size = max(PIXELS_PER_FRAME, round(width)), HEIGHT
-    resized = Image.fromarray(image.numpy()).resize(size, Image.Resampling.BICUBIC)
-    return torch.from_numpy(np.array(resized))  # (HEIGHT, width)
+def resize(image, stretch=1.0, slant=0.0):
+    """An image (rows, W), uint8, at HEIGHT rows, and so many times as wide as that makes it.
 
-
-def lean(image, slant):
-    """An image (HEIGHT, W) with its letters slanted to the right by so many columns a row."""
-    room = math.ceil(abs(slant) * HEIGHT)  # for corners that move out
-    backwards = 1, slant, -slant * HEIGHT / 2 - room / 2, 0, 1, 0  # about the middle row
-    size, how = (image.shape[1] + room, HEIGHT), (Image.Transform.AFFINE, backwards)
-    leaning = Image.fromarray(image.numpy())
-    turned = leaning.transform(size, *how, Image.Resampling.BICUBIC, fillcolor=255)
-    return torch.from_numpy(np.array(turned))  # (HEIGHT, W + room)
+    slant: columns a row by which its letters then lean to the right.
+    """
+    width = max(PIXELS_PER_FRAME, round(image.shape[1] * stretch * HEIGHT / len(image)))
+    resized = Image.fromarray(image.numpy()).resize((width, HEIGHT), Image.Resampling.BICUBIC)
+    if slant:
+        room = math.ceil(abs(slant) * HEIGHT)  # for corners that move out
+        backwards = 1, slant, -slant * HEIGHT / 2 - room / 2, 0, 1, 0  # about the middle row
+        how = (width + room, HEIGHT), Image.Transform.AFFINE, backwards, Image.Resampling.BICUBIC
+        resized = resized.transform(*how, fillcolor=255)
+    return torch.from_numpy(np.array(resized))  # (HEIGHT, width and any room)
 
 
 # The other ways; what each gains is in tests/results.csv
 SECOND_LOOKS = [invert, shrink, partial(resize, stretch=0.8), partial(resize, stretch=1.2)]
-SECOND_LOOKS += [partial(lean, slant=-0.2), partial(lean, slant=0.2)]
+SECOND_LOOKS += [partial(resize, slant=-0.2), partial(resize, slant=0.2)]
 
 
 # ---- Processes: one alone, or several of torchrun. The first, of rank 0, prints and writes.
@@ -850,18 +850,15 @@ def load_checkpoint(path, device="cpu", learn=False):
         content = torch.load(path, map_location=device, weights_only=True)  # runs no code of it
         if content["format"] != CHECKPOINT_FORMAT:
             raise ValueError(f"format {content['format']} instead of {CHECKPOINT_FORMAT}")
-        learned_with = content["preprocessing"]
-        content["architecture"].pop("row_blocks", None)  # of older ones; most had no such layers
+        for name, value in preprocessing().items():
+            if (was := content["preprocessing"].get(name)) != value:
+                raise ValueError(f"it learned with {name} = {was}, crnn.py has {value}")
         model = CRNN(Charset(content["charset"]), **content["architecture"])
         model.load_state_dict(content["weights"])
         model.calibration, model.facts = tuple(content["calibration"]), content["facts"]
     except Exception as error:  # torch.load alone raises pickle, zip, key and runtime errors
         reason = re.split(r"\n|\. ", f"{type(error).__name__} {error}")[0]  # not torch's advice
-        raise InputError(f"{path} is no checkpoint of this project ({reason}): {remedy}") from None
-    for name, value in preprocessing().items():
-        if learned_with.get(name) != value:
-            was = f"{path} learned with {name} = {learned_with.get(name)}, crnn.py has {value}"
-            raise InputError(f"{was}: set it back, or train again")
+        raise InputError(f"{path} is no checkpoint for this code ({reason}): {remedy}") from None
     return model.to(device) if learn else folded(model.to(device))
 
 

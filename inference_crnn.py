@@ -211,7 +211,7 @@ def list_samples(arguments):
             files = {path / name for name in names if os.path.isfile(path / name)}
             images = {file for file in files if kinds.get(file.suffix.lower()) in Image.OPEN}
             samples += map(Sample, sorted(images))
-            if others := sorted(files - images):
+            if others := sorted(f for f in files - images if f.suffix.lower() != ".csv"):
                 such = f"{len(others):,} in no format that Pillow reads, such as {others[0].name}"
                 print(f"{path}: {such}", file=sys.stderr)
         elif path.suffix.lower() == ".csv":

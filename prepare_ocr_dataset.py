@@ -76,7 +76,7 @@ DOWNLOAD_TIMEOUT = 20  # seconds without an answer after which a download is giv
 
 SHAPING = "SEED CHARSET MAX_LENGTH STYLED WARPED HELD_OUT_FONTS".split()  # they change the images
 PRINTED, HANDWRITTEN = "printed fonts", "handwritten fonts"  # what images are drawn with
-EMNIST, STROKES = "EMNIST", "pen strokes"
+EMNIST, STROKES = "EMNIST", "UNIPEN"
 OURS = Path(__file__).parent / "myFonts"
 UNIPEN_RECORD = "https://zenodo.org/api/records/1195803"  # answers with its files, as json
 TEXTS_FILE = OURS / "words" / "texts.txt"  # the grammar
@@ -196,6 +196,8 @@ def read_grammar():
     rows = re.findall(r"^(\w\S*)(.*(?:\n[ \t].*)*)", text, re.M)
     grammar = {kind: re.split(r"\s{2,}", texts.strip()) for kind, texts in rows}
     for kind, alternatives in grammar.items():
+        if kind.endswith("_mix") and not re.fullmatch(r"({\w+})+", "".join(alternatives)):
+            raise InputError(f"{TEXTS_FILE}: {kind} is to list kinds, each like {{word}}")
         for name in re.findall(r"{(\w+)}", " ".join(alternatives)):
             if name not in grammar.keys() | RANDOM.keys():
                 raise InputError(f"{TEXTS_FILE}: {kind} has {{{name}}}, but no line begins so")
@@ -321,7 +323,11 @@ def held_out_families(fonts, kind):
     for font in sorted(fonts, key=lambda font: hashlib.sha256(font.family.encode()).digest()):
         if font.kind == kind:
             drawn[font.family] |= font.characters
-    chosen = list(drawn)[: min(math.ceil(HELD_OUT_FONTS * len(drawn)), len(drawn) - 1)]  # not all
+    chosen, most = [], math.ceil(HELD_OUT_FONTS * len(drawn))
+    for family in drawn:  # but none that alone has a character: it is to be trained on
+        others = set().union(*(drawn[f] for f in drawn if f not in (family, *chosen)))
+        if len(chosen) < most and drawn[family] <= others:
+            chosen.append(family)
     for c in sorted(set().union(*drawn.values())):  # few have √, and none is to be untested
         able = [family for family in drawn if c in drawn[family]]
         if len(able) > 1 and not set(able) & set(chosen):
@@ -407,32 +413,29 @@ def typeset_by_trdg(text, font):
     return None if cut else ink
 
 
-# ---- EMNIST: single handwritten characters; who wrote them is not known
-@contextlib.contextmanager
-def downloading(what, remedy):
-    """Give up on a silent server, and turn a failure into one line: the run goes on without."""
-    before = socket.getdefaulttimeout()
+@cache
+def fetch(kind):
+    """Whether EMNIST's characters or UNIPEN's strokes are there; downloads them if need be."""
+    from torchvision.datasets import EMNIST as emnist_files
+
+    before, folder = socket.getdefaulttimeout(), Path(DATASETS_DIR).as_posix()
+    files = "emnist-byclass-{train,test}-{images-idx3,labels-idx1}-ubyte"
+    remedy = f"{files} from {emnist_files.url} into {folder}/emnist/EMNIST/raw/"
+    if kind == STROKES:
+        page, name = UNIPEN_RECORD.replace("/api", ""), Path(STROKES_FILE).name
+        remedy = f"{page} into {folder}/unipen/, without any {name}"
     socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)  # torchvision's download has none of its own
     try:
-        yield
+        return bool(load_strokes() if kind == STROKES else all(map(emnist, SPLITS)))
     except Exception as error:  # also those of tarfile, zlib and json: the other sources are drawn
-        print(f"could not get {what} ({error}), so its sources are skipped. {remedy}")
+        print(f"could not get {kind} ({error}), so its sources are skipped. ", end="")
+        print(f"To use it, unpack {remedy}")
+        return False
     finally:
         socket.setdefaulttimeout(before)
 
 
-@cache
-def fetch_emnist():
-    """Whether the EMNIST files are there; downloads them if need be."""
-    from torchvision import datasets
-
-    files = "emnist-byclass-{train,test}-{images-idx3,labels-idx1}-ubyte"
-    remedy = f"To use it, unpack {files} from {datasets.EMNIST.url} into "
-    with downloading("EMNIST", f"{remedy}{Path(DATASETS_DIR).as_posix()}/emnist/EMNIST/raw/"):
-        return all(map(emnist, SPLITS))
-    return False
-
-
+# ---- EMNIST: single handwritten characters; who wrote them is not known
 @cache
 def emnist(split):
     """A split's images, white on black, uint8 (n, 28, 28), labels (n,), and label -> its places."""
@@ -463,21 +466,6 @@ TOLERANCE = 1.3  # how far a simplified line may lie from the written one, in th
 # A sample: its strokes (points, 2) each, y down, or packed as strokes_of() takes them; its label;
 # and its writer (contributor/name)
 Written = namedtuple("Written", "strokes label writer")
-
-
-@cache
-def fetch_unipen():
-    """Whether UNIPEN's strokes are there; downloads and parses them if need be."""
-    strokes, page = Path(DATASETS_DIR, STROKES_FILE), UNIPEN_RECORD.replace("/api", "")
-    folder, name = strokes.parent.as_posix(), strokes.name
-    with downloading("UNIPEN", f"To use it, unpack {page} into {folder}/, without any {name}"):
-        anywhere = f"{folder}/**/data/7"  # as somebody has unpacked or linked it
-        if not (strokes.exists() or glob(anywhere, recursive=True)):
-            download_unipen(strokes.parent)
-        if not strokes.exists():
-            parse_unipen(Path(min(glob(anywhere, recursive=True))).parents[1], strokes)
-        return bool(load_strokes())
-    return False
 
 
 def download_unipen(folder):
@@ -630,8 +618,14 @@ def believable(strokes, label):
 
 @cache
 def load_strokes():
-    """The samples of UNIPEN's compact file, Written, with packed strokes."""
-    with np.load(Path(DATASETS_DIR, STROKES_FILE)) as file:
+    """The samples of UNIPEN's compact file, Written, with packed strokes; makes it if need be."""
+    path = Path(DATASETS_DIR, STROKES_FILE)
+    if not path.exists():
+        anywhere = f"{path.parent.as_posix()}/**/data/7"  # as somebody has unpacked or linked it
+        if not glob(anywhere, recursive=True):
+            download_unipen(path.parent)
+        parse_unipen(Path(min(glob(anywhere, recursive=True))).parents[1], path)
+    with np.load(path) as file:
         points, ends = file["points"], file["strokes"].cumsum()[:-1]
         steps = np.split(file["steps"], points.cumsum()[ends - 1])
         writers, labels = (str(file[name]).split("\n") for name in ("writers", "labels"))
@@ -1402,10 +1396,9 @@ def count_images():
     counts = {source: int(number) for source, number in NUM_IMAGES.items() if number > 0}
     # Validation and test need a font family of their own.
     kinds = {font.kind for font in find_fonts()[0] if font.held_out}
-    others = {EMNIST: fetch_emnist, STROKES: fetch_unipen}  # perhaps after a download
     for source in list(counts):
         for needed in (SOURCES[source].kind, *SOURCES[source].also):
-            if not (others[needed]() if needed in others else needed in kinds):
+            if not (fetch(needed) if needed in (EMNIST, STROKES) else needed in kinds):
                 needs = f"two families of {needed} in {FONTS_DIR}" if "fonts" in needed else needed
                 print(f"{source} is skipped: it needs {needs}")
                 counts.pop(source, None)
@@ -1483,9 +1476,6 @@ def main():
     """Draw every source, then write data.csv and preview.png."""
     started, datasets = time.perf_counter(), Path(DATASETS_DIR)
     crnn.Charset(CHARSET)  # refuses a repeated character
-    for path in (TEXTS_FILE, WORDS_FILE, LEFT_OUT_FILE, PLACES_FILE):
-        if not path.exists():
-            raise InputError(f"{path} is missing: it is part of the repository, fetch it again")
     if not Path(FONTS_DIR).is_dir():
         raise InputError(f"no folder FONTS_DIR = {FONTS_DIR!r}: start in the project's folder")
     text_generator(), read_grammar()  # fail here, and not in every worker

@@ -346,14 +346,13 @@ def make_model(charset):
         return CRNN(charset, dropout=DROPOUT, **sizes)
     start = crnn.load_checkpoint(INIT_WEIGHTS, learn=True)
     model = CRNN(charset, dropout=DROPOUT, **start.architecture)
-    model.known_classes = start.charset.num_classes  # the first; new characters follow
     model.calibration = start.calibration
     model.cnn.load_state_dict(start.cnn.state_dict())
     model.lstm.load_state_dict(start.lstm.state_dict())
     classes = [BLANK, *charset.encode(start.charset.characters)]  # in this charset
     with torch.no_grad():
         for new, old in zip(model.linear.parameters(), start.linear.parameters()):
-            new[classes] = old  # (C,) or (C, D), of both charsets
+            new.zero_()[classes] = old  # (C,) or (C, D), of both charsets; new characters: 0
     new = " ".join(start.charset.unknown(charset.characters)) or "none"
     print(f"starting from {INIT_WEIGHTS}; characters new to it: {new}")
     return model
@@ -386,10 +385,9 @@ def mix_in(start, average):
     if not (INIT_WEIGHTS and KEEP_START):
         return average
     model = copy.deepcopy(average)
-    for (name, mean), first in zip(model.state_dict().items(), start.state_dict().values()):
-        known = slice(start.known_classes if name.startswith("linear") else None)
-        if mean.is_floating_point():  # new characters had no start
-            mean[known].lerp_(first[known], KEEP_START)
+    for mean, first in zip(model.state_dict().values(), start.state_dict().values()):
+        if mean.is_floating_point():  # new characters begin at 0: of that there is nothing to keep
+            mean.copy_(mean.lerp(first, KEEP_START).where(first != 0, mean))
     return model
 
 
@@ -633,12 +631,10 @@ def main():
     print(f"{weights}, {epochs} epochs of {number:,} batches on {device} in {dtype}")
 
     state = dict(epoch=0, best=-1.0, saved=False, seconds=0.0, history=[])
-    state["known_classes"] = getattr(parts["start"], "known_classes", 0)
     state["calibration"] = parts["start"].calibration
     state["fingerprint"] = fingerprint(rows, epochs * number)
     if RESUME:
         state = load_state(state["fingerprint"], parts)
-        parts["start"].known_classes = state["known_classes"]  # INIT_WEIGHTS may be MODEL_PATH
     elif INIT_WEIGHTS and rank() == 0:  # only the first process compares
         state["best"] = float(crnn.score_table(read(net.crnn, val)).exact.iloc[-1])
         print(f"the starting weights — Accuracy: {state['best']:.2%}", flush=True)

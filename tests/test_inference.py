@@ -172,7 +172,7 @@ def test_of_a_folder_what_is_no_image_is_named_and_the_rest_is_read(infer, line,
     folder.mkdir()
     for name in ("a.jfif", "b.pgm"):  # b is of another kind than its name says
         line_image("Rg7").save(folder / name, "JPEG" if "j" in name else "PNG")
-    for name in ("._a.jfif", "c.pdf", "d.pdf", "notes.txt", "zero.png", "text.jpg"):
+    for name in ("._a.jfif", "c.pdf", "d.pdf", "notes.txt", "zero.png", "text.jpg", "labels.csv"):
         (folder / name).touch()
     (folder / "text.jpg").write_text("no image")
     shutil.copytree(folder, folder / ".hidden")

@@ -116,10 +116,11 @@ def test_the_grammar_of_a_user(prepare, tmp_path):
     assert {re.sub(r"\d", "0", text) for text in texts} == {"B-00", "00 C", "·"}
     assert len(texts) > 50
     assert {prepare.pick_text("plate", "val")[0] for _ in range(99)} >= {"", " "}
-    path.write_text("plate  B-{tow}\n", encoding="utf-8")
-    prepare.set(TEXTS_FILE=path)
-    with pytest.raises(InputError, match="plate has {tow}"):
-        prepare.main()
+    for faulty, complaint in (("plate  B-{tow}", "plate has {tow}"), ("a_mix  B-7", "a_mix is to")):
+        path.write_text(f"{faulty}\n", encoding="utf-8")
+        prepare.set(TEXTS_FILE=path)
+        with pytest.raises(InputError, match=complaint):
+            prepare.main()
 
 
 def test_words_of_the_test_are_not_trained_on(prepare):
@@ -163,6 +164,14 @@ def test_a_charset_narrow_or_wide_is_drawn(prepare, few_fonts):
 
 
 # ---- fonts
+def test_a_character_that_one_family_has_is_trained_on(prepare):
+    for only in range(10):
+        characters = (frozenset("aß" if i == only else "a") for i in range(10))
+        fonts = [prepare.Font("", "", f"{i}", c, frozenset()) for i, c in enumerate(characters)]
+        held_out = prepare.held_out_families(fonts, "")
+        assert len(held_out) == 1 and held_out != [str(only)]
+
+
 def test_fonts_of_the_test_are_not_trained_in(prepare):
     fonts, notes = prepare.find_fonts()
     assert [note for note in notes if "held out for validation and test: " not in note] == []
@@ -487,7 +496,7 @@ COMPLAINTS = [
     (dict(NUM_IMAGES={}), "set a number in NUM_IMAGES"),
     (dict(NUM_IMAGES=dict(unipen=9)), "NUM_IMAGES names unipen: choose from trdg_custom, "),
     (dict(CHARSET="aa"), "more than once"),
-    (dict(WORDS_FILE=Path("none.txt")), "none.txt is missing: it is part of the repository"),
+    (dict(WORDS_FILE=Path("none.txt")), "none.txt"),
     (dict(MAX_LENGTH=0), r"set NUM_IMAGES\['trdg_custom'\] = 0"),
     (dict(FONTS_DIR="no folder"), "start in the project's folder"),
     (dict(DATASETS_DIR=FONT + "/datasets"), "DejaVuSans.ttf"),  # a file is in the way

@@ -87,7 +87,7 @@ def test_samples_are_cut_out_and_brought_to_one_size(prepare, folder, tmp_path, 
     if os.name == "posix":  # linked to from there
         place.parent.rename(tmp_path / "elsewhere")
         (folder / "CDROM").symlink_to(tmp_path / "elsewhere")
-    assert prepare.fetch_unipen()
+    assert prepare.fetch(prepare.STROKES)
     samples = prepare.load_strokes()
     strokes = {s.label: [stroke.tolist() for stroke in prepare.strokes_of(s)] for s in samples}
     # 128 high, y down, a step across half of one down
@@ -111,7 +111,7 @@ def test_a_person_is_on_one_side_of_the_split_whoever_collected_it(prepare, fold
     held_out = next(n for n in sides if split_of(n) == "val" and sides[n] == ["train", "train"])
     for i, contributor in enumerate(("acme", "beta"), start=1):
         write_unipen(folder, contributor, Ann_Smith_2=f"{held_out}_{i}")
-    assert prepare.fetch_unipen()
+    assert prepare.fetch(prepare.STROKES)
     assert [len(prepare.people(split).writers) for split in ("train", "val", "test")] == [0, 2, 0]
     prepare.set(NUM_WORKERS=3)
     prepare.parse_unipen(folder, tmp_path / "3.npz")
@@ -124,7 +124,7 @@ def test_whom_and_what_to_leave_out(prepare, folder):
     write_unipen(folder, "beta", **{"INCH 100": "INCH unknown"})
     segments = '.SEGMENT CHARACTER 2 OK "l"\n' * 20
     (folder / "data/1b/beta/more.dat").write_text(f".INCLUDE beta/ink.dat\n{segments}")
-    assert prepare.fetch_unipen()
+    assert prepare.fetch(prepare.STROKES)
     samples = prepare.load_strokes()
     assert {s.writer for s in samples} == {"beta/Ann_Smith"}
     assert [s.label for s in samples].count("l") == prepare.PER_CHARACTER
@@ -151,11 +151,12 @@ def server(prepare, tmp_path):
 
 
 def test_unipen_is_downloaded_and_parsed_once(prepare, server):
-    assert prepare.fetch_unipen()
+    assert prepare.fetch(prepare.STROKES)
     assert "Vl" in [sample.label for sample in prepare.load_strokes()]
     server.unlink()
-    prepare.fetch_unipen.cache_clear()
-    assert prepare.fetch_unipen()  # without asking again
+    prepare.fetch.cache_clear()
+    prepare.load_strokes.cache_clear()
+    assert prepare.fetch(prepare.STROKES)  # without asking again
 
 
 @pytest.mark.parametrize("damage", ["checksum", "record", "server", "files", "strokes"])
@@ -168,6 +169,6 @@ def test_a_failed_download_says_what_to_do(prepare, server, folder, damage, caps
     if damage == "strokes":
         folder.mkdir(parents=True)
         (folder / "strokes.npz").write_bytes(b"PK\x03\x04 cut short")
-    assert not prepare.fetch_unipen()
+    assert not prepare.fetch(prepare.STROKES)
     line = capsys.readouterr().out.strip().split("\n")[-1]
     assert "UNIPEN" in line and folder.as_posix() in line
