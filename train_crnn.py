@@ -534,8 +534,9 @@ def write_history(history, curves):
         figure.savefig(temporary, format="png", dpi=80)
 
 
-def end_epoch(state, parts, losses, started, val, count, epochs):
-    """Read the val rows, print how the epoch went, save what is worth keeping; the new state."""
+def end_epoch(former, parts, losses, started, val, count, epochs):
+    """Read the val rows, print how the epoch went, save what is worth keeping, update the state."""
+    state = dict(former)
     model = mix_in(parts["start"], parts["average"].module)
     epoch, speed = state["epoch"] + 1, count / (time.perf_counter() - started)
     seen = read(model, val)
@@ -559,11 +560,11 @@ def end_epoch(state, parts, losses, started, val, count, epochs):
     save_if_best(state, model, exact, cer, count, len(val))
     saved = {name: part.state_dict() for name, part in parts.items()}
     crnn.save_tensors(resume_path(), state | saved)
+    former.update(state)  # only now, since Ctrl-C may come before it is saved
     try:
         write_history(state["history"], curves=shown)
     except PermissionError as error:  # on Windows, while Excel has it open
         print(f"    history.csv and the curves are left as they were ({error})")
-    return state
 
 
 def start_processes():
@@ -644,8 +645,7 @@ def main():
             started = time.perf_counter()
             losses = train_epoch(trained, parts, buckets, epoch, epochs)
             if rank() == 0:  # the others wait in their next step
-                # A copy, since Ctrl-C may come before it is saved
-                state = end_epoch(dict(state), parts, losses, started, val, count, epochs)
+                end_epoch(state, parts, losses, started, val, count, epochs)
     except KeyboardInterrupt:
         done = f"after epoch {state['epoch']}: RESUME = True continues"
         print(f"\nstopped {done if state['epoch'] else 'in epoch 1: nothing was saved'}")

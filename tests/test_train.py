@@ -321,6 +321,12 @@ def test_a_resumed_training_knows_its_best_epoch(tiny):
     assert load_checkpoint(tiny.MODEL_PATH).facts["epoch"] == 1
 
 
+def test_what_is_saved_counts_when_its_curves_are_interrupted(tiny, capsys):
+    tiny.set(EPOCHS=2, read=read_well(6), write_history=Mock(side_effect=KeyboardInterrupt))
+    tiny.main()
+    assert "stopped after epoch 1: RESUME = True continues" in capsys.readouterr().out
+
+
 def test_new_characters_stay_new_where_fine_tuning_in_place_is_resumed(former):
     write_csv(Path(former.DATA_CSV).parent, ["é", *TEXTS], split=["train"] * 12 + ["val"])
     former.set(INIT_WEIGHTS=former.MODEL_PATH, KEEP_START=0.5, EPOCHS=2, read=read_well(0, 1, 1))
