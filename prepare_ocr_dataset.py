@@ -344,8 +344,8 @@ def pick_font(line):
         bar = line.label == "I" and "1" not in font.doubtful  # alone on a sign, a bar is an I
         if needed - font.characters or (line.alone and needed & font.doubtful and not bar):
             continue  # where no word helps, no character may look like another
-        matches = re.search(line.style.fonts, os.path.basename(font.path))
-        (in_style if matches else others).setdefault(font.family, []).append(font)
+        wanted = not line.style.fonts or re.search(line.style.fonts, os.path.basename(font.path))
+        (in_style if wanted else others).setdefault(font.family, []).append(font)
     families = list((in_style or others).values())
     # Even sizes, so that the cache of typefaces holds every font at each; some as good scanners see
     size = 2 * choice([1, 1, 2]) * randint(10, 22)
