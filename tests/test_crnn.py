@@ -128,7 +128,6 @@ SHOW_R7 = {mode: R7.convert("RGB").convert(mode) for mode in MODES}
 SHOW_R7 |= {
     "I;16": Image.fromarray(TONES.astype(np.uint16) * 257),
     "a stray pixel is no range of tones": Image.fromarray(STRAY),
-    "light on dark": Image.fromarray(255 - TONES),
     "turned by EXIF": encode(R7.rotate(90, expand=True), exif=TURNED),
     "the first of two pages": encode(R7, "TIFF", save_all=True, append_images=[line_image("g")]),
     "bytes": encode(R7),
@@ -139,7 +138,6 @@ SHOW_R7 |= {
     "uint16": TONES.astype(np.uint16) * 257,
     "int64": TONES.astype(np.int64),
     "float64": TONES / 255,
-    "float32": TONES.astype(np.float32) / 255,
     "float32 to 255": TONES.astype(np.float32),
     "overshot, as where resized": TONES / 255 * 1.15,
     "bool": TONES > 128,
@@ -256,7 +254,6 @@ def test_hard_edges_are_softened_and_those_of_small_text_less():
 def test_small_and_condensed_lines_are_seen_closer():
     small = paper((400, 120), "Serial 4711", (60, 50))
     seen, plain = load_image(small), crnn.scale(small)
-    assert seen.shape[0] == 32
     assert rows_with_ink(seen) > 2 * rows_with_ink(plain)
     assert seen.shape[1] > 2 * plain.shape[1]
     line = line_image("Serial number 4711")
@@ -292,13 +289,12 @@ def test_a_frame_is_four_columns_and_folding_changes_no_result(width):
     torch.testing.assert_close(folded(ink), logits, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_narrowest_image_gives_numbers(shipped, dtype):
+def test_the_narrowest_image_gives_numbers(shipped):
     ink = torch.rand(1, 1, crnn.HEIGHT, crnn.padded_width(1))
     with torch.inference_mode():
         exact = shipped(ink)
         for _ in range(20):  # what comes of uninitialized memory comes at times
-            with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            with torch.autocast("cpu", torch.bfloat16):
                 torch.testing.assert_close(shipped(ink).float(), exact, atol=0.5, rtol=0.1)
 
 
@@ -389,12 +385,15 @@ def test_the_readme_shows_the_frames_of_an_image(shipped):
     assert re.fullmatch("-*A+-*b+-+b+-*o+-*t+-+t+-*", path)
 
 
-def test_an_unsure_reading_gets_more_looks(shipped):
+def test_an_image_is_looked_at_again_if_it_is_unsure_or_its_ink_reads_as_nothing(shipped):
     """Here at larger text: the line is low."""
-    images = [load_image(SMALL_LINE)]
-    (look,) = crnn.look_at(shipped, images, 8, [crnn.know(shipped.charset)])
+    image, blank = load_image(SMALL_LINE), torch.full((32, 40), 255, dtype=torch.uint8)
+    (look,) = crnn.look_at(shipped, [image], 8, [crnn.know(shipped.charset)])
     assert look.reading.confidence < crnn.SECOND_LOOK
-    assert read_images(shipped, images, 8)[0].text == "Rg 7"
+    assert read_images(shipped, [image], 8)[0].text == "Rg 7"
+    sure, nothing = crnn.Reading("Rg 7", 0.9, []), crnn.Reading("", 0.9, [])
+    assert crnn.is_unsure(image, sure._replace(confidence=0.3)) and crnn.is_unsure(image, nothing)
+    assert not crnn.is_unsure(image, sure) and not crnn.is_unsure(blank, nothing)
 
 
 def test_of_several_looks_the_text_that_is_likeliest_on_average_counts():
@@ -409,17 +408,6 @@ def test_of_several_looks_the_text_that_is_likeliest_on_average_counts():
     known = crnn.know(model.charset, lexicon=["b", "bb"])
     reading = crnn.choose_reading(model, lines("a")[0], looks, known)
     assert reading.text == "b" and reading.unrestricted == "a"
-
-
-def test_an_image_is_looked_at_again_if_it_is_unsure_or_its_ink_reads_as_nothing():
-    image, blank = lines("Rg7")[0], torch.full((32, 40), 255, dtype=torch.uint8)
-    for text, confidence, seen, again in (
-        ("Rg7", 0.9, image, False),
-        ("Rg7", 0.3, image, True),
-        ("", 0.9, image, True),
-        ("", 0.9, blank, False),
-    ):
-        assert crnn.is_unsure(seen, crnn.Reading(text, confidence, [])) == again
 
 
 def test_a_second_look_is_another_size_of_the_same_text():
@@ -460,8 +448,9 @@ def test_only_what_is_allowed_is_read(shipped):
     assert reading.text.isdigit() and reading.text.endswith("5")
     others = {c for character in reading.characters for c, _ in character.alternatives}
     assert others <= set("0123456789")
-    (capitals,) = read_images(shipped, lines("Total"), 1, [crnn.know(shipped.charset, "ABLOT")])
-    assert capitals.text == "TOTAL"
+    for allowed, text in (("ABLOT", "TOTAL"), ("ablot", "total"), ("ALOTalot", "Total")):
+        case = crnn.know(shipped.charset, allowed)
+        assert read_images(shipped, lines("Total"), 1, [case])[0].text == text
     digits, letters = read_images(shipped, lines("1907", "Abbot"), 2, [known] * 2)
     assert digits.confidence > 0.9
     assert letters.confidence == 0  # whatever digits they are taken for
@@ -501,12 +490,6 @@ def test_what_is_read_competes_with_the_lexicon():
     known = crnn.know(charset, lexicon=["b"])
     confidence = crnn.find_in_lexicon([look], charset, look.reading, known).confidence
     assert confidence == pytest.approx(0.08 / (0.08 + 0.9 * np.exp(-crnn.DOUBT)))
-
-
-def test_the_case_that_is_not_allowed_is_read_as_the_other():
-    wanted = {"a": [0, 1, 1, 4], "A": [0, 2, 2, 4], "aA": [0, 1, 2, 4], "b": [0, 4, 4, 3]}
-    for allowed, classes in wanted.items():
-        assert crnn.know(Charset("aAb"), allowed).taken_for.tolist() == classes
 
 
 HELD = [
@@ -568,7 +551,6 @@ def test_lines_and_columns_that_read_as_nothing_are_doubted():
     box[[2, 37]] = box[:, [2, 77]] = 0
     assert crnn.looks_written(load_image(page))
     assert not crnn.looks_written(load_image(box))
-    assert not crnn.looks_written(load_image(Image.new("L", (60, 40), 255)))
 
 
 def test_a_ruled_line_is_no_underscore(shipped):
@@ -613,17 +595,13 @@ def test_a_checkpoint_keeps_all_that_reading_and_learning_need(tmp_path):
 
 
 def test_a_checkpoint_is_not_read_with_another_preprocessing(monkeypatch):
-    monkeypatch.setattr(crnn, "SMOOTHING", 0.5)
-    complaint = "pretrained.pth .*it learned with SMOOTHING = 0.8, crnn.py has 0.5"
-    with pytest.raises(InputError, match=complaint):
-        load_checkpoint(WEIGHTS)
-
-
-def test_a_checkpoint_keeps_every_constant_of_preprocessing():
     code = Path(crnn.__file__).read_text(encoding="utf-8")
     part = code.split("# What the network sees.")[1].split("# How it is read")[0]
-    names = ", ".join(re.findall("^([A-Z_, ]+) =", part, re.M)).split(", ")
-    assert sorted(crnn.preprocessing()) == sorted(names)
+    for name in ", ".join(re.findall("^([A-Z_, ]+) =", part, re.M)).split(", "):
+        complaint = rf"pretrained.pth .*it learned with {name} = [\d.]+, crnn.py has 99"
+        with monkeypatch.context() as patch, pytest.raises(InputError, match=complaint):
+            patch.setattr(crnn, name, 99)
+            load_checkpoint(WEIGHTS)
 
 
 class Malicious:  # it makes a folder where it is unpickled
@@ -657,11 +635,7 @@ UNUSABLE = {  # what reads it, its content, and what the error is to say
     "csv of empty rows": (read_labels, b"image_path,label\n,\n ,\n", "no rows"),  # as of Excel
     "csv without labels": (read_labels, b"image_path,text\na,b\n", "no column label"),
     "malformed csv": (read_labels, b'image_path,label\na,b,c,d\n1,2\n"', "cannot be read"),
-    "csv with semicolons": (
-        read_labels,
-        b"image_path;label\na;1,50\nb;2\n",
-        "not image_path;label",
-    ),
+    "semicolons": (read_labels, b"image_path;label\na;1,50\nb;2\n", "not image_path;label"),
     "csv with a column twice": (read_labels, b"image_path,label,label\na,b,c\n", "column twice"),
     "csv with it in capitals": (read_labels, b"image_path,label,Label\na,b,c\n", "column twice"),
     "line break": (read_labels, LINE_BREAK, "row 2: a label of several lines"),
