@@ -325,8 +325,8 @@ def held_out_families(fonts, kind):
             drawn[font.family] |= font.characters
     chosen, most = [], math.ceil(HELD_OUT_FONTS * len(drawn))
     for family in drawn:  # but none that alone has a character: it is to be trained on
-        others = set().union(*(drawn[f] for f in drawn if f not in (family, *chosen)))
-        if len(chosen) < most and drawn[family] <= others:
+        others = (drawn[f] for f in drawn if f not in (family, *chosen))
+        if len(chosen) < most and drawn[family] <= set().union(*others):
             chosen.append(family)
     for c in sorted(set().union(*drawn.values())):  # few have √, and none is to be untested
         able = [family for family in drawn if c in drawn[family]]
@@ -413,6 +413,7 @@ def typeset_by_trdg(text, font):
     return None if cut else ink
 
 
+# ---- What people wrote, downloaded once
 @cache
 def fetch(kind):
     """Whether EMNIST's characters or UNIPEN's strokes are there; downloads them if need be."""
