@@ -279,14 +279,14 @@ def test_a_line_is_padded_by_its_own_width_alone():
 # ---- network
 @pytest.mark.parametrize("width", [8, 100, 104])
 def test_a_frame_is_four_columns_and_folding_changes_no_result(width):
-    model = load_checkpoint(WEIGHTS, learn=True).eval()
-    ink = torch.rand(2, 1, crnn.HEIGHT, width)
+    model = load_checkpoint(WEIGHTS, learn=True).eval().double()  # or rounding shows at times
+    ink = torch.rand(2, 1, crnn.HEIGHT, width, dtype=torch.double)
     logits = model(ink)
     assert logits.shape == (width // 4, 2, len(CHARSET) + 1)
     assert crnn.num_frames(width) == len(logits)
     folded = crnn.folded(model)
     assert not any(isinstance(layer, torch.nn.BatchNorm2d) for layer in folded.modules())
-    torch.testing.assert_close(folded(ink), logits, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(folded(ink), logits)
 
 
 def test_the_narrowest_image_gives_numbers(shipped):
