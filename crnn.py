@@ -74,6 +74,7 @@ def run(main, *arguments):
     if hasattr(sys.stdout, "reconfigure"):  # for a Windows console, and names that are not UTF-8
         sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace", line_buffering=True)
     if not arguments and len(sys.argv) > 1:
+        print(sys.modules[main.__module__].__doc__, file=sys.stderr)
         print(f"{sys.argv[0]} takes no arguments: edit the constants at its top", file=sys.stderr)
         sys.exit(2)
     status = 1
@@ -93,7 +94,7 @@ def run(main, *arguments):
     except OSError as error:
         sys.exit(f"cannot write: {error}. Free some space, or set another folder in the constants")
     except KeyboardInterrupt:
-        sys.exit("interrupted: run the same command again (train_crnn.py: RESUME = True continues)")
+        sys.exit("interrupted: run the same command again")
 
 
 def usable_cores():
@@ -877,7 +878,8 @@ def read_labels(csv_path):
         raise InputError(f"no {csv_path}: {remedy}") from None
     except (ValueError, OSError) as error:  # pandas' own errors are ValueErrors
         reason = " ".join(f"cannot be read ({error})".split())
-        raise InputError(f"{csv_path} {reason}: write UTF-8, commas between fields") from None
+        remedy = "write UTF-8, commas between fields, and quotes around fields with commas"
+        raise InputError(f"{csv_path} {reason}: {remedy}") from None
     rows = rows.rename(columns=lambda name: name.strip().lower().removesuffix(".1"))
     if rows.columns.has_duplicates:  # as Label and label are now, or label and pandas' label.1
         raise InputError(f"{csv_path} names a column twice: {','.join(rows.columns)}")

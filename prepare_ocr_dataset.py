@@ -1487,7 +1487,7 @@ def main():
     crnn.write_labels(rows, datasets / "data.csv")
     print(f"\n{rows.groupby(['source', 'split'], sort=False).size().unstack(fill_value=0)}")
     counts = Counter("".join(rows.label[rows.split == "train"]))
-    rare = " ".join(f"{c} {counts[c]}" for c in CHARSET if counts[c] < 50)
+    rare = ", ".join(f"'{c}' {counts[c]}" for c in CHARSET if counts[c] < 50)
     print(f"characters that occur fewer than 50 times, too rarely to learn well: {rare or 'none'}")
     seconds, place = time.perf_counter() - started, datasets.as_posix()
     print(f"\n{len(rows):,} images ({new:,} new) in {seconds:.0f} s. Labels and preview:")

@@ -149,10 +149,11 @@ def make_bucket(rows, charset):
 def report_data(rows, charset):
     """Print rows by source and split, the charset, and which rows are skipped or never trained."""
     kept, skipped = rows[rows.reason.isna()], rows[rows.reason.notna()]
-    print(f"{DATA_CSV}: {len(rows):,} rows, of which used:")
-    print(kept.groupby(["source", "split"]).size().unstack(fill_value=0).to_string())
-    longest = max(kept.label, key=len, default="")
-    print(f"longest label: {len(longest)} characters, {longest!r}")
+    print(f"{DATA_CSV}: {len(rows):,} rows, of which used: {len(kept):,}")
+    if len(kept):
+        print(kept.groupby(["source", "split"]).size().unstack(fill_value=0).to_string())
+        longest = max(kept.label, key=len)
+        print(f"longest label: {len(longest)} characters, {longest!r}")
     print(f"charset: {len(charset.characters)} characters, {charset.characters!r}")
     for reason, group in skipped.groupby("reason"):
         print(f"skipped: {len(group):,} rows, {reason}")
@@ -501,7 +502,7 @@ def load_state(expected, parts):
         for name, part in parts.items():
             part.load_state_dict(saved.pop(name))
     except Exception as error:  # torch.load raises pickle, zip, key and runtime errors
-        reason = error if isinstance(error, InputError) else type(error).__name__
+        reason = error if isinstance(error, (InputError, OSError)) else type(error).__name__
         remedy = "put all back as it was, data and constants too, or set RESUME = False"
         raise InputError(f"RESUME: {path} cannot be used ({reason}): {remedy}") from None
     print(f"resuming after epoch {saved['epoch']}")

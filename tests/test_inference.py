@@ -140,6 +140,8 @@ def test_it_says_which_weights_read_and_how_well(infer, checkpoint):
     assert said.startswith(f"reading with {checkpoint.as_posix()} (55.3% of its validation rows")
     assert said.endswith(f'set MODEL_PATH = "{Path(infer.PRETRAINED).as_posix()}"')
     assert infer.describe_weights({}) == f"reading with {checkpoint.as_posix()}"
+    infer.set(MODEL_PATH="mistyped.pth", PRETRAINED=str(checkpoint))
+    assert infer.describe_weights({}).endswith("\nas there is no mistyped.pth")
 
 
 def test_the_readme_shows_what_is_printed(infer, tmp_path, capsys, monkeypatch):
@@ -150,8 +152,9 @@ def test_the_readme_shows_what_is_printed(infer, tmp_path, capsys, monkeypatch):
         shutil.copy(ROOT / name, tmp_path / name)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(crnn, "compute_dtype", lambda *_: torch.float32)  # as that was run
-    infer.set(PRETRAINED="ocr_crnn_model/pretrained.pth", MIN_CONFIDENCE=0.5)
+    infer.set(PRETRAINED="ocr_crnn_model/pretrained.pth", MODEL_PATH="ocr_crnn_model/crnn.pth")
     infer.set(REPORT_DIR="ocr_crnn_model/report", PREDICTIONS_CSV="predictions.csv")
+    infer.set(MIN_CONFIDENCE=0.5)
     assert infer.main([path]) == 0
     assert shown.split() == capsys.readouterr().out.split()
 
