@@ -94,7 +94,7 @@ def run(main, *arguments):
     except OSError as error:
         sys.exit(f"cannot write: {error}. Free some space, or set another folder in the constants")
     except KeyboardInterrupt:
-        sys.exit("interrupted: run the same command again")
+        sys.exit("interrupted: run the same command again (train_crnn.py: RESUME = True continues)")
 
 
 def usable_cores():

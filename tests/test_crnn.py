@@ -49,7 +49,7 @@ def rows_with_ink(image):
 # ---- how a script ends
 ENDS = [
     (InputError("no data.csv: write one"), SystemExit, "no data.csv: write one"),
-    (KeyboardInterrupt(), SystemExit, "interrupted: run the same command again"),
+    (KeyboardInterrupt(), SystemExit, "interrupted: run the same command again .*"),
     (OSError(28, "No space left", "a.csv"), SystemExit, "cannot write: .*No space left: 'a.csv'.*"),
     (FileNotFoundError(2, "No such file", "b.txt"), SystemExit, "b.txt is missing: fetch .*"),
     (ValueError("a mistake of ours"), ValueError, "a mistake of ours"),  # with its traceback
@@ -129,6 +129,7 @@ SHOW_R7 = {mode: R7.convert("RGB").convert(mode) for mode in MODES}
 SHOW_R7 |= {
     "I;16": Image.fromarray(TONES.astype(np.uint16) * 257),
     "a stray pixel is no range of tones": Image.fromarray(STRAY),
+    "light on dark": Image.fromarray(255 - TONES),
     "turned by EXIF": encode(R7.rotate(90, expand=True), exif=TURNED),
     "the first of two pages": encode(R7, "TIFF", save_all=True, append_images=[line_image("g")]),
     "bytes": encode(R7),
@@ -139,6 +140,7 @@ SHOW_R7 |= {
     "uint16": TONES.astype(np.uint16) * 257,
     "int64": TONES.astype(np.int64),
     "float64": TONES / 255,
+    "float32": TONES.astype(np.float32) / 255,
     "float32 to 255": TONES.astype(np.float32),
     "overshot, as where resized": TONES / 255 * 1.15,
     "bool": TONES > 128,

@@ -167,6 +167,7 @@ def test_own_csv_with_two_columns(train, capsys):
     train.main()
     output = capsys.readouterr().out
     assert re.search(r"custom +\d+ +\d+ +\d+", output)  # train, val and test, by hash
+    assert "96 rows, of which used: 96" in output
     assert "Test rows, never trained on" in output
     assert output.count(" | ") == 3  # examples
     assert len(pd.read_csv(Path(train.MODEL_PATH).with_name("history.csv"))) == 1
