@@ -853,7 +853,8 @@ def load_checkpoint(path, device="cpu", learn=False):
             raise ValueError(f"format {content['format']} instead of {CHECKPOINT_FORMAT}")
         for name, value in preprocessing().items():
             if (was := content["preprocessing"].get(name)) != value:
-                raise ValueError(f"it learned with {name} = {was}, crnn.py has {value}")
+                kept = f"it learned with {name} = {was}, crnn.py has {value}"
+                raise ValueError(f"{kept}: set it back, or train again")
         model = CRNN(Charset(content["charset"]), **content["architecture"])
         model.load_state_dict(content["weights"])
         model.calibration, model.facts = tuple(content["calibration"]), content["facts"]

@@ -67,11 +67,12 @@ def model_path():
 
 def describe_weights(facts):
     """Which weights are used, how well they read their validation rows, and how to use better."""
-    line = f"reading with {model_path().as_posix()}"
+    path = model_path()
+    line = f"reading with {path.as_posix()}"
     if "val_exact" in facts:
         number = f"{facts['val_rows']:,} " if "val_rows" in facts else ""
         line += f" ({facts['val_exact']:.1%} of its {number}validation rows read without error)"
-    if model_path() not in (Path(MODEL_PATH), Path(__file__).parent / MODEL_PATH):
+    if path not in (Path(MODEL_PATH), Path(__file__).parent / MODEL_PATH):
         line += f"\nas there is no {Path(MODEL_PATH).as_posix()}"
     if facts.get("init", "unknown") is None:
         line += "\nit was trained from nothing; to read with the bundled weights, set "

@@ -601,7 +601,9 @@ def test_a_checkpoint_is_not_read_with_another_preprocessing(monkeypatch):
     code = Path(crnn.__file__).read_text(encoding="utf-8")
     part = code.split("# What the network sees.")[1].split("# How it is read")[0]
     for name in ", ".join(re.findall("^([A-Z_, ]+) =", part, re.M)).split(", "):
-        complaint = rf"pretrained.pth .*it learned with {name} = [\d.]+, crnn.py has 99"
+        complaint = (
+            rf"pretrained.pth .*it learned with {name} = [\d.]+, crnn.py has 99: set it back, or"
+        )
         with monkeypatch.context() as patch, pytest.raises(InputError, match=complaint):
             patch.setattr(crnn, name, 99)
             load_checkpoint(WEIGHTS)

@@ -495,7 +495,7 @@ COMPLAINTS = [
     (dict(NUM_IMAGES={}), "set a number in NUM_IMAGES"),
     (dict(NUM_IMAGES=dict(unipen=9)), "NUM_IMAGES names unipen: choose from trdg_custom, "),
     (dict(CHARSET="aa"), "more than once"),
-    (dict(WORDS_FILE=Path("none.txt")), "none.txt"),
+    (dict(WORDS_FILE=Path("none.txt")), "No such file or directory: 'none.txt'"),
     (dict(MAX_LENGTH=0), r"set NUM_IMAGES\['trdg_custom'\] = 0"),
     (dict(FONTS_DIR="no folder"), "start in the project's folder"),
     (dict(DATASETS_DIR=FONT + "/datasets"), "DejaVuSans.ttf"),  # a file is in the way
