@@ -2,7 +2,7 @@
 
 An image of one short line of text becomes a grey tensor of HEIGHT rows. A small CNN turns every 4
 columns of it into one frame, a bidirectional LSTM reads the frames, and each frame votes for a
-character or for the CTC blank. Functions here take arguments only.
+character or for the CTC blank. Settings come in as arguments only.
 
     >>> path = "A--bb-b-oo--tt"  # the best class of each frame, - being the blank
     >>> "".join(c for c, _ in groupby(path) if c != "-")  # merge repeats, then drop blanks
@@ -50,12 +50,12 @@ MIN_TONES = 40  # of 256 grey levels: less contrast is not stretched, so blank p
 INK_TONE = 140  # of 256, paper being 255: darker pixels count as ink where a line is measured
 MIN_STROKES = 5  # side by side; with fewer there is no pitch to measure
 USUAL_PITCH = 8  # pixels from stroke to stroke; tighter lines are stretched, at most 1.5 times
-LOW_LINE, USUAL_LINE = 0.36, 0.45  # text lower than 36 % of the height is zoomed to 45 %
+LOW_LINE, USUAL_LINE = 0.36, 0.45  # text under 36 % of the height is zoomed to 45 %
 
 # How it is read
 SECOND_LOOK = 0.6  # confidence (not calibrated) below which an image is looked at in other ways
-SHORTLIST = 50  # texts of a lexicon, those nearest to what is read, that the network chooses among
-DOUBT = 1.75  # nats a character by which texts outside the lexicon or ALLOWED count as less likely
+SHORTLIST = 50  # texts of a lexicon, nearest to what is read, that the network chooses from
+DOUBT = 1.75  # nats per character that count against texts outside the lexicon or ALLOWED
 MIN_ALTERNATIVE = 0.02  # probability below which an alternative is not reported
 MAX_ASPECT = 256  # width over height beyond which an image is no line (400 characters have 200)
 
@@ -160,9 +160,9 @@ def load_image(source, turns=0):
 
     source: path, PIL image, a file's bytes, a stream, or array (H, W), (H, W, 1, 3 or 4) or, as
     torch has them, (3, H, W), of whole numbers 0 to 255, bool, or floats 0 to 1 or to 255.
-    turns: quarter-turns to the left before. Returns a uint8 tensor (HEIGHT, W), 255 = paper,
+    turns: quarter-turns to the left first. Returns a uint8 tensor (HEIGHT, W), 255 = paper,
     0 = the darkest ink. Keeps the aspect ratio, except that closer_view() stretches condensed text
-    and crops high margins. Raises InputError, one line naming the image, when it cannot be read.
+    and crops tall margins. Raises InputError, one line naming the image, when it cannot be read.
     """
     name = str(source) if isinstance(source, PATHS) else f"a {type(source).__name__}"
     shown = name.encode(errors="backslashreplace").decode()
@@ -211,7 +211,7 @@ def open_image(source):
         array = array.transpose(1, 2, 0)  # torch's (3, H, W) -> (H, W, 3)
     array = array[..., 0] if array.shape[2:] == (1,) else array  # (H, W, 1) -> (H, W)
     most = array.max(initial=0)
-    if array.min(initial=0) < -0.1 * max(most, 1):  # less is overshoot, of floats that were resized
+    if array.min(initial=0) < -0.1 * max(most, 1):  # a little is overshoot of resized floats
         raise ValueError("negative numbers: give 0 to 1, or 0 to 255")
     if most <= (1.5 if array.dtype.kind == "f" else 1):
         array = array * 255.0
@@ -235,7 +235,7 @@ def to_grey(image):
     """Any PIL mode to mode L. Transparent parts become the paper that the ink stands out from."""
     if image.mode.startswith("I") or image.mode == "F":  # 16-bit, 32-bit and float tones
         tones = np.nan_to_num(np.array(image, dtype=np.float64))
-        # Pixels at either end that may be faults of a sensor
+        # How many at either end may be sensor faults
         stray = min(tones.size // 2000 + 1, (tones.size - 1) // 2)
         low, high = np.partition(tones, (stray, -1 - stray), axis=None)[[stray, -1 - stray]]
         low = low if high - low > MIN_TONES / 255 * high else 0.0  # so blank paper stays blank
@@ -247,7 +247,7 @@ def to_grey(image):
         alpha = np.asarray(rgba.getchannel("A")) / 255  # (H, W)
         paper = 255 if (grey * alpha).sum() <= 128 * alpha.sum() else 0
         return Image.fromarray((grey * alpha + paper * (1 - alpha)).round().astype(np.uint8))
-    # By way of RGB, because Pillow converts CMYK, HSV and others to it only.
+    # Via RGB, because Pillow converts CMYK, HSV and others only to that.
     return image.convert("L") if image.mode in ("1", "L") else rgb_to_grey(image.convert("RGB"))
 
 
@@ -556,7 +556,7 @@ def know(charset, allowed=None, lexicon=None):
     """The Known of the characters that are allowed, a string; None: all that the charset holds.
 
     Where only one case of a letter is allowed, the other is read as that one; what seems to show
-    yet others is read with confidence 0. lexicon: texts, or a file with one per line; None: any.
+    anything else gets confidence 0. lexicon: texts, or a file with one per line; None: any.
     Texts with other characters are left out, the first five of them named on standard error.
     InputError: nothing is left, or no such character or file.
     """
@@ -582,7 +582,7 @@ def know(charset, allowed=None, lexicon=None):
         print(f"LEXICON: {left_out:,} texts are left out in all", file=sys.stderr)
     texts = tuple(text for text in texts if not other[text])
     if not texts:
-        raise InputError("LEXICON has no text left, see any lines above: give it one per line")
+        raise InputError("LEXICON has no text left (see any lines above): give one per line")
     return Known(taken_for, texts, tuple(map(str.lower, texts)))
 
 
@@ -603,7 +603,7 @@ def read_lexicon(lexicon):
 
 
 def find_in_lexicon(looks, charset, reading, known):
-    """The Reading of the likeliest of known texts in some Looks (Shi et al. 2015, part 2.3).
+    """The Reading of the likeliest known text over some Looks (Shi et al. 2015, part 2.3).
 
     Case is ignored, since people write PARIS where a list has Paris, except to tell apart texts
     that differ in nothing else. reading: what is read in the Looks without the lexicon.
@@ -625,7 +625,7 @@ def find_in_lexicon(looks, charset, reading, known):
     best = int(scores.argmax())
     if scores[best] == -math.inf:  # all are too long
         return Reading("", 0.0, [], unrestricted=reading.text)
-    # The text read without the lexicon competes too, unless it is in it: the image may show that.
+    # The text read without the lexicon competes too, unless listed: the image may show that.
     doubt = DOUBT * max(1, min(len(texts[best]), len(reading.text))) if distances[0] else math.inf
     other = mean_log_probability(looks, targets[-1:]) - doubt  # (1,)
     confidence = float(torch.cat([scores, other]).softmax(0)[best])
@@ -644,7 +644,7 @@ class Look(NamedTuple):
 
     reading: Reading
     log_probs: torch.Tensor  # (T, C)
-    forbidden: float = 0.0  # nats that its frames lose, all together, by what is not allowed
+    forbidden: float = 0.0  # nats that its frames lose in all to what is not allowed
 
 
 def read_images(model, images, batch_size, known=None):
@@ -705,9 +705,9 @@ def choose_reading(model, image, looks, known):
         best = int(scores.argmax())
         reading = looks[best].reading._replace(confidence=min(1.0, float(scores[best].exp())))
     in_parts = reading.text and set(reading.text) <= set("=:;÷")  # their parts look like two lines
-    # The first that reads so: several may, and which of them scores best is then rounding
+    # The first that reads so: of several, which scores best is a matter of rounding
     look = next(look for look in looks if look.reading.text == reading.text)
-    other = look.forbidden > DOUBT * max(1, len(reading.text))  # than what is known
+    other = look.forbidden > DOUBT * max(1, len(reading.text))  # not what is known
     other |= not in_parts and count_lines(image) > 1
     from_edge_to_edge = (image[:, [0, -1]] < INK_TONE).any(0).all()
     if set(reading.text) <= {"_", " "} and from_edge_to_edge:  # a ruled line
@@ -747,7 +747,7 @@ def invert(image):
 
 
 def shrink(image):
-    """An image (HEIGHT, W) without high margins, with 6 more rows of paper: (HEIGHT, new W)."""
+    """An image (HEIGHT, W) without tall margins, with 6 more rows of paper: (HEIGHT, new W)."""
     top, bottom = inked_rows(image.numpy() < 155)  # lighter than INK_TONE: keeps faint ink
     if 0 < bottom - top <= 0.75 * HEIGHT:
         margin = max(1, round(0.18 * (bottom - top)))  # about that of a line that fills its image
@@ -756,9 +756,9 @@ def shrink(image):
 
 
 def resize(image, stretch=1.0, slant=0.0):
-    """An image (rows, W), uint8, at HEIGHT rows, and so many times as wide as that makes it.
+    """An image (rows, W), uint8, scaled to HEIGHT rows, and then in width by stretch.
 
-    slant: columns a row by which its letters then lean to the right.
+    slant: columns per row that its letters then lean to the right.
     """
     width = max(PIXELS_PER_FRAME, round(image.shape[1] * stretch * HEIGHT / len(image)))
     resized = Image.fromarray(image.numpy()).resize((width, HEIGHT), Image.Resampling.BICUBIC)
@@ -841,7 +841,7 @@ def load_checkpoint(path, device="cpu", learn=False):
     """The CRNN that save_checkpoint wrote, folded for reading, or with learn=True to train on.
 
     Raises InputError, one line, when it is missing, damaged, not a checkpoint of this project, or
-    learned from images of another preprocessing.
+    trained with other preprocessing.
     """
     remedy = "run python train_crnn.py first, or set MODEL_PATH (INIT_WEIGHTS) to another"
     if not Path(path).is_file():
@@ -865,7 +865,7 @@ def load_checkpoint(path, device="cpu", learn=False):
 
 
 def read_labels(csv_path):
-    """A csv of the data.csv form as a DataFrame of strings: NA, null and 007 stay what they are.
+    """A csv like data.csv as a DataFrame of strings: NA, null and 007 stay what they are.
 
     Raises InputError, one line with the fix, when it is missing, malformed, or lacks a column.
     """
@@ -899,7 +899,7 @@ def read_labels(csv_path):
 
 
 def clean(labels, csv_path):
-    """Labels (a Series) in one spelling, without spaces at the ends: no image shows either."""
+    """Labels (a Series) in one Unicode form, no spaces at the ends: images show neither."""
     labels = labels.str.replace(SPACES, " ", regex=True).str.strip(" \t\u200b\ufeff")
     broken = labels.str.contains("[\n\r\x85\u2028\u2029]")
     if broken.any():
@@ -925,7 +925,7 @@ def write_labels(rows, csv_path, encoding="utf-8"):
 def split_of(key, parts=20):
     """The split of a word, a writer or a label: one in so many parts is val, and one is test.
 
-    By a hash of its lower-case letters: no test word is trained on in another spelling.
+    By a hash of its lower-case letters: no test word is trained on in another case.
     """
     return {0: "val", 1: "test"}.get(zlib.crc32(key.lower().encode()) % parts, "train")
 

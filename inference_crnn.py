@@ -51,7 +51,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # where to read
 # --------------------------------------------------------------------------------------------------
 
 CHUNK = 1024  # images in memory at a time: 16 MB at 500 pixels of width
-SURE = 0.9  # confidence below which a narrow, high image is also read as a turned line
+SURE = 0.9  # confidence below which a narrow, tall image is also read as a turned line
 CHECKED_AT_ONCE = 5_000  # images on the page to correct, the least sure: about 10 MB
 # Of PREDICTIONS_CSV; unrestricted is what was read without the lexicon, where there is one
 COLUMNS = ["image_path", "label", "source", "prediction", "confidence", "unrestricted"]
@@ -66,7 +66,7 @@ def model_path():
 
 
 def describe_weights(facts):
-    """Which weights are used, how well they read their validation rows, and how to use better."""
+    """The weights used, how well they read their validation rows, and how to use better ones."""
     path = model_path()
     line = f"reading with {path.as_posix()}"
     if "val_exact" in facts:
@@ -75,7 +75,7 @@ def describe_weights(facts):
     if path not in (Path(MODEL_PATH), Path(__file__).parent / MODEL_PATH):
         line += f"\nas there is no {Path(MODEL_PATH).as_posix()}"
     if facts.get("init", "unknown") is None:
-        line += "\nit was trained from nothing; to read with the bundled weights, set "
+        line += "\nit was trained from scratch; to read with the bundled weights, set "
         line += f'MODEL_PATH = "{Path(PRETRAINED).as_posix()}"'
     return line
 

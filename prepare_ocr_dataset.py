@@ -137,9 +137,9 @@ def word_split(text):
 
 
 def pick_word(split):
-    """A word: every other one as people use them, the others of the whole dictionary."""
+    """A word: half the time as people use them, else any of the whole dictionary."""
     dictionary, used = find_words()[split]
-    # The n-th most frequent as often as n ** (-2/3): by Zipf's law, 1/n, few others would be seen.
+    # Rank n as often as n ** (-2/3): by Zipf's law, 1/n, rare words would hardly be seen.
     return choice(dictionary) if chance(0.5) else used[int(len(used) * random.random() ** 3)]
 
 
@@ -328,7 +328,7 @@ def held_out_families(fonts, kind):
         others = (drawn[f] for f in drawn if f not in (family, *chosen))
         if len(chosen) < most and drawn[family] <= set().union(*others):
             chosen.append(family)
-    for c in sorted(set().union(*drawn.values())):  # few have √, and none is to be untested
+    for c in sorted(set().union(*drawn.values())):  # few have √, and each must be tested
         able = [family for family in drawn if c in drawn[family]]
         if len(able) > 1 and not set(able) & set(chosen):
             chosen.append(able[0])
@@ -342,12 +342,12 @@ def pick_font(line):
         if font.kind != line.source.kind or font.held_out != (line.split != "train"):
             continue
         bar = line.label == "I" and "1" not in font.doubtful  # alone on a sign, a bar is an I
-        if needed - font.characters or (line.alone and needed & font.doubtful and not bar):
+        if not needed <= font.characters or (line.alone and needed & font.doubtful and not bar):
             continue  # where no word helps, no character may look like another
         wanted = not line.style.fonts or re.search(line.style.fonts, os.path.basename(font.path))
         (in_style if wanted else others).setdefault(font.family, []).append(font)
     families = list((in_style or others).values())
-    # Even sizes, so that the cache of typefaces holds every font at each; some as good scanners see
+    # Even sizes, so that the cache of typefaces holds every font at each; some as in a sharp scan
     size = 2 * choice([1, 1, 2]) * randint(10, 22)
     # A family first and then one of its files, so that many weights are not seen more often
     return choice(choice(families))._replace(size=size) if families else None
@@ -456,11 +456,11 @@ def emnist(split):
 
 # ---- Pen strokes of UNIPEN's writers: downloaded and parsed once, then kept in one compact file
 CATEGORIES = "[178]*"  # 1a to 1d: digits, capitals, small letters, signs; 7: words; 8: texts
-MISCOUNTED = {"lou"}  # contributors who count components otherwise: their words come out cut
+MISCOUNTED = {"lou"}  # contributors who count components differently: their words are cut
 STROKES_FILE = "unipen/strokes.npz"  # the compact file, in DATASETS_DIR
 PER_CHARACTER, PER_TEXT = 8, 2  # samples kept of one character, one word or text, of one writer
 LONGEST = 40  # characters in a text; longer ones run over several lines
-STROKES_HEIGHT = 128  # a writer's median character becomes so high, and so does the median word
+STROKES_HEIGHT = 128  # a writer's median character is scaled to this, and so is the median word
 IN_PIECES = set('+=:;"#!?$%*')  # a single stroke with such a label is only a piece of the sign
 TOLERANCE = 1.3  # how far a simplified line may lie from the written one, in the same unit
 
@@ -492,7 +492,7 @@ def parse_unipen(root, target):
     skipped = sum((counts for _, counts in parts), Counter())
     inks = [np.concatenate(sample.strokes) for sample in samples]  # (points, 2) each
     arrays = dict(
-        # Of every point the step from the one before, of a sample's first from (0, 0)
+        # The step to each point from the one before, to a sample's first from (0, 0)
         steps=np.concatenate([np.diff(ink, axis=0, prepend=0) for ink in inks]).astype(np.int16),
         points=np.uint16([len(stroke) for sample in samples for stroke in sample.strokes]),
         strokes=np.uint16([len(sample.strokes) for sample in samples]),
@@ -663,7 +663,7 @@ def strokes_of(sample):
     return np.split(places, points.cumsum()[:-1])
 
 
-# Signs that UNIPEN lacks, put together of what their writer has, and an x as many write it who join
+# Signs that UNIPEN lacks, put together from what their writer has, and the x of many who join
 # letters: for each part, which characters it may be, and its left, top, width (below 0: mirrored)
 # and height in heights of the sign; height 0: as flat as it comes
 SIGNS = {
@@ -823,7 +823,7 @@ def take_from_emnist(c, hand):
 
 
 def write_character(c, hand):
-    """A character of the hand's writer or, of a sign that is not there, of anybody's, or None."""
+    """A character of the hand's writer or, if a sign is missing, anybody's, or None."""
     borrowed = c not in hand.samples  # this writer has written none
     writers = [hand.samples, *random.choices(people(hand.split).writers, k=200 * borrowed)]
     if c in SIGNS and (c != "x" or hand.joined):
@@ -879,7 +879,7 @@ def hurry(line, reach):
 def retrace(text, hand):
     """A word or text as somebody has written it: ink (H, W)."""
     strokes = strokes_of(choice(hand.samples[text]))
-    # A writer's texts are 128 high in the median, as a whole: with all that rises and falls.
+    # A writer's texts are 128 high in the median, as a whole: with ascenders and descenders.
     glyph, _ = trace(strokes, 1.3 * hand.capital / STROKES_HEIGHT, hand)
     return np.pad(glyph, hand.capital // 4).astype(np.float32) / 255
 
@@ -887,7 +887,7 @@ def retrace(text, hand):
 # ---- Effects: what the world does to a line. Each takes ink, float32 (H, W), and gives ink of any
 # size; most lengths are in parts of its height, so that an effect is the same at every size.
 def apply(steps, ink):
-    """Do each of some steps to a line: with a chance of its share, an effect with its settings."""
+    """Apply steps to a line: each an effect with its settings, at a chance given by its share."""
     for share, effect, *settings in steps:
         if chance(share):
             ink = effect(ink, *settings)
@@ -982,7 +982,7 @@ def clipped(ink):
     line, gaps = bottom - top, np.flatnonzero(ink[:, left : right + 1].max(axis=0) < 0.15)
     if right - left < 2 * line or not len(gaps):
         return ink
-    widths = gaps[0], right - left - gaps[-1]  # of what the outer letters show as one
+    widths = gaps[0], right - left - gaps[-1]  # of the first and last piece of ink
     into = [round(min(uniform(0, 0.15) * line, 0.4 * width + 2)) for width in widths]
     return ink[:, max(0, left - 2 + into[0]) : right + 3 - into[1]]
 
@@ -1245,12 +1245,12 @@ SOURCES = {
 
 
 # What is to be drawn, decided before anything is. alone: no word around its characters tells O from
-# 0; texts: the mix that the label is of.
+# 0; texts: the mix the label is from.
 Line = namedtuple("Line", "label alone split source style texts")
 
 
 def sample(source, index):
-    """Image, uint8 (H, W), label, split and style. InputError: the constants leave next to none."""
+    """Image, uint8 (H, W), label, split and style. InputError: the constants allow hardly any."""
     random.seed(f"{SEED} {source} {index}")  # a string's seed is the same on every platform
     row, split = SOURCES[source], {1: "val", 2: "test"}.get(index % CYCLE, "train")
     if row.pen is None:  # a character as EMNIST has it, none twice
@@ -1326,7 +1326,7 @@ def find_marks(sources):
     files += [font.path for font in find_fonts()[0]]
     parts += [zlib.crc32(Path(file).read_bytes()) for file in files]
     common, path = f"{zlib.crc32(repr(parts).encode()):08x}", Path(DATASETS_DIR, STROKES_FILE)
-    # It may come only later: no print is drawn again for it.
+    # UNIPEN may come later: no printed image is redrawn.
     pens = f" {zlib.crc32(path.read_bytes()):08x}" if path.exists() else ""
     penned = {name for name, row in SOURCES.items() if STROKES in (row.kind, *row.also)}
     return {name: common + pens * (name in penned) for name in sources}
@@ -1353,7 +1353,8 @@ def draw_chunk(constants, chunk):
     for index in chunk.indices:
         image, label, split, style = sample(chunk.source, index)
         path = chunk.csv.with_name(f"{index:05}.png")
-        Image.fromarray(image).save(path, compress_level=1)  # small enough, and quickly
+        how = cv2.IMWRITE_PNG_STRATEGY, cv2.IMWRITE_PNG_STRATEGY_RLE  # small enough, and quickly
+        path.write_bytes(cv2.imencode(".png", image, how)[1])
         rows.append((f"{chunk.source}/{path.name}", label, chunk.source, split, style))
     crnn.write_labels(pd.DataFrame(rows, columns=COLUMNS).assign(mark=chunk.mark), chunk.csv)
     return len(rows)
@@ -1424,7 +1425,7 @@ def custom_rows():
     for place in sorted({folder, *folder.glob("*/")} - with_labels):
         if any(place.glob("*.*")) and folder not in with_labels:  # whose csv may name any image
             print(f"{place.as_posix()} is skipped: it has no labels.csv with image_path,label")
-    # The newest first, since of an image corrected twice and so in two files, its label counts.
+    # Newest first: of an image corrected twice, and so in two files, the newest label counts.
     for path in sorted(paths, key=lambda path: path.stat().st_mtime_ns)[::-1]:
         rows = crnn.read_labels(path)
         rows = crnn.add_split(rows.assign(source=rows.get("source", path.parent.name)))
@@ -1480,7 +1481,7 @@ def main():
     if not Path(FONTS_DIR).is_dir():
         raise InputError(f"no folder FONTS_DIR = {FONTS_DIR!r}: start in the project's folder")
     text_generator(), read_grammar()  # fail here, and not in every worker
-    custom = custom_rows()  # a mistake in them is to be told before all is drawn
+    custom = custom_rows()  # report a mistake in them before all is drawn
     drawn, new = draw_all(count_images())
     draw_preview(drawn)
     rows = pd.concat([drawn, custom], ignore_index=True)

@@ -35,7 +35,7 @@ from crnn import BLANK, CRNN, InputError, rank, whole_file, world_size
 # Data and files
 DATA_CSV = "datasets/data.csv"  # image_path,label and perhaps source,split; paths from its folder
 MODEL_PATH = "ocr_crnn_model/crnn.pth"  # the best epoch; the state to resume from is beside it
-INIT_WEIGHTS = None  # None: from nothing; "ocr_crnn_model/pretrained.pth": fine-tune these weights
+INIT_WEIGHTS = None  # None: from scratch; "ocr_crnn_model/pretrained.pth": fine-tune these weights
 RESUME = False  # continue after the last complete epoch, with the same data and constants
 MIN_CHARACTER_ROWS = 3  # a character in fewer training labels is treated as a typo
 
@@ -53,7 +53,7 @@ FROM_NOTHING = dict(
 # would disturb the trained features. The size of the network is that of INIT_WEIGHTS.
 FINE_TUNE = dict(matrix_learning_rate=1e-3, learning_rate=3e-4, shortcut_weight=0, frozen_norms=1)
 EPOCHS = 6  # passes over the training rows
-MIN_STEPS = 1_500  # batches; with few images there are more epochs, until there are as many
+MIN_STEPS = 1_500  # batches; with few images, epochs are added until there are this many
 BATCH_SIZE = 32  # images of one padded width in a step, over all processes together
 WARM_UP = 0.1  # share of training in which the learning rates rise to their peak
 WEIGHT_DECAY = 1e-2  # of AdamW
@@ -71,7 +71,7 @@ PRECISION = None  # "bfloat16" or "float32"; None: bfloat16 where the hardware h
 # --------------------------------------------------------------------------------------------------
 
 SHOWN = 3  # rows named per reason for skipping rows, and examples shown per epoch
-ENOUGH = 5_000  # usable images of all splits; fewer are too few to learn from nothing
+ENOUGH = 5_000  # usable images of all splits; fewer are too few to learn from scratch
 
 
 def recipe():
@@ -167,7 +167,7 @@ def report_data(rows, charset):
         print(f"never trained on, as all their images are in val or test: {names}", end="")
         print(f" and {len(repeated) - SHOWN:,} more labels" * (len(repeated) > SHOWN))
     if not INIT_WEIGHTS and len(kept) < ENOUGH:
-        print(f"{len(kept):,} images are too few to learn from nothing: to start from the bundled")
+        print(f"{len(kept):,} images are too few to learn from scratch: to start from the bundled")
         print('weights, set INIT_WEIGHTS = "ocr_crnn_model/pretrained.pth"')
 
 
@@ -261,7 +261,7 @@ def draw_empty_paper(like):
 
 
 def combine3x3(x, combine):
-    """Every pixel combined with its neighbours, (N, 1, H, W); here faster than torch's poolings."""
+    """Every pixel combined with its neighbours, (N, 1, H, W); faster here than torch's pooling."""
     x = F.pad(x, (1, 1, 1, 1), mode="replicate")  # (N, 1, H + 2, W + 2)
     x = combine(combine(x[..., :-2], x[..., 1:-1]), x[..., 2:])  # (N, 1, H + 2, W)
     return combine(combine(x[..., :-2, :], x[..., 1:-1, :]), x[..., 2:, :])  # (N, 1, H, W)
@@ -362,7 +362,7 @@ def make_model(charset):
 def freeze_norms(model, average, epoch, epochs):
     """Freeze the batch norms in the last epochs, so that training sees what reading will.
 
-    At the statistics of the average: a model's own are mostly of the widths of its last batches.
+    At the average's statistics: a model's own mostly reflect the widths of its last batches.
     """
     learning = epochs * (1 - recipe()["frozen_norms"])  # epochs in which they still learn
     if epoch > learning and (INIT_WEIGHTS or epoch > 1):  # a new network has no averages at first
@@ -387,7 +387,7 @@ def mix_in(start, average):
         return average
     model = copy.deepcopy(average)
     for mean, first in zip(model.state_dict().values(), start.state_dict().values()):
-        if mean.is_floating_point():  # new characters begin at 0: of that there is nothing to keep
+        if mean.is_floating_point():  # new characters begin at 0: nothing to keep there
             mean.copy_(mean.lerp(first, KEEP_START).where(first != 0, mean))
     return model
 
@@ -503,7 +503,7 @@ def load_state(expected, parts):
             part.load_state_dict(saved.pop(name))
     except Exception as error:  # torch.load raises pickle, zip, key and runtime errors
         reason = error if isinstance(error, (InputError, OSError)) else type(error).__name__
-        remedy = "put all back as it was, data and constants too, or set RESUME = False"
+        remedy = "restore it, the data and the constants, or set RESUME = False"
         raise InputError(f"RESUME: {path} cannot be used ({reason}): {remedy}") from None
     print(f"resuming after epoch {saved['epoch']}")
     return saved
