@@ -19,7 +19,7 @@ import re
 import sys
 import tempfile
 import zlib
-from collections import defaultdict
+from collections import OrderedDict, defaultdict, namedtuple
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from functools import partial
@@ -29,6 +29,7 @@ from typing import NamedTuple
 from unicodedata import normalize
 
 import numpy as np
+import pandas as pd
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageFilter, ImageOps, UnidentifiedImageError
@@ -81,20 +82,19 @@ def run(main, *arguments):
     try:
         status = main(*arguments)
         print(end="", flush=True)  # a closed pipe fails here and not at exit
-        sys.exit(status)
     except InputError as error:
         sys.exit(str(error))
     except BrokenProcessPool:
         sys.exit("a worker process died, probably out of memory: lower NUM_WORKERS")
     except BrokenPipeError:  # the program reading our output has quit, as head does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(status)
     except FileNotFoundError as error:  # missing inputs are InputErrors already
         sys.exit(f"{error.filename} is missing: fetch this project again, and run it in its folder")
     except OSError as error:
         sys.exit(f"cannot write: {error}. Free some space, or set another folder in the constants")
     except KeyboardInterrupt:
         sys.exit("interrupted: run the same command again (train_crnn.py: RESUME = True continues)")
+    sys.exit(status)
 
 
 def usable_cores():
@@ -213,12 +213,10 @@ def open_image(source):
     most = array.max(initial=0)
     if array.min(initial=0) < -0.1 * max(most, 1):  # a little is overshoot of resized floats
         raise ValueError("negative numbers: give 0 to 1, or 0 to 255")
-    if most <= (1.5 if array.dtype.kind == "f" else 1):
-        array = array * 255.0
     if most > 255 and array.ndim == 2:  # 16-bit tones: to_grey() finds their range
         return Image.fromarray(array.astype(np.float32))
-    array = array * (255 / max(most, 255))
-    return Image.fromarray(np.clip(array, 0, 255).astype(np.uint8))
+    white = 1 if most <= (1.5 if array.dtype.kind == "f" else 1) else max(most, 255)
+    return Image.fromarray(np.clip(array * (255 / white), 0, 255).astype(np.uint8))
 
 
 def check_lines(grey):
@@ -239,8 +237,7 @@ def to_grey(image):
         stray = min(tones.size // 2000 + 1, (tones.size - 1) // 2)
         low, high = np.partition(tones, (stray, -1 - stray), axis=None)[[stray, -1 - stray]]
         low = low if high - low > MIN_TONES / 255 * high else 0.0  # so blank paper stays blank
-        tones = (tones.clip(low, high) - low) * (255 / max(high - low, 1e-9))
-        return Image.fromarray(tones.astype(np.uint8))
+        return Image.fromarray(np.interp(tones, (low, high), (0, 255)).astype(np.uint8))
     if image.has_transparency_data:
         rgba = image.convert("RGBA")
         grey = np.asarray(rgb_to_grey(rgba.convert("RGB")), dtype=np.float64)  # (H, W)
@@ -285,10 +282,8 @@ def to_dark_on_light(grey):
     share = np.count_nonzero(dark) / dark.size
     if 0.4 < share < 0.6:
         share = np.concatenate([dark[0], dark[-1], dark[:, 0], dark[:, -1]]).mean()
-    if share > 0.5:
-        grey, low, high = 255 - grey, 255 - high, 255 - low
-    stretched = 255 - (high - grey.astype(np.float32)) * (255 / max(high - low, MIN_TONES))
-    return stretched.round().astype(np.uint8)
+    ink = np.abs(grey.astype(np.float32) - (low if share > 0.5 else high))  # 0 = paper
+    return (255 - ink * (255 / max(high - low, MIN_TONES))).round().astype(np.uint8)
 
 
 def closer_view(image):
@@ -301,8 +296,6 @@ def closer_view(image):
     ink = image < INK_TONE
     top, bottom = inked_rows(ink)
     line = (bottom - top) / HEIGHT
-    if not line:  # specks or a lone dot: no size to go by
-        return 0.0, 1.0, 1.0, SMOOTHING
     ink = ink[top:bottom]
     starts = np.count_nonzero(ink[:, 1:] > ink[:, :-1], axis=1) + ink[:, 0]  # of each row, (H,)
     strokes = float(np.sort(starts)[-max(1, len(ink) // 3) :].mean())  # in the fullest third
@@ -319,10 +312,10 @@ def closer_view(image):
 
 
 def inked_rows(ink):
-    """First row of a bool array (H, W) with more ink than specks, and the one after the last."""
+    """First row of a bool array (H, W) with more ink than specks, one after the last; else all."""
     enough = max(1, ink.shape[1] / 100)
     rows = np.flatnonzero(np.count_nonzero(ink, axis=1) >= enough)
-    return (int(rows[0]), int(rows[-1]) + 1) if len(rows) else (0, 0)
+    return (int(rows[0]), int(rows[-1]) + 1) if len(rows) else (0, len(ink))
 
 
 def padded_width(width):
@@ -378,17 +371,16 @@ def convolution(inputs, outputs, kernel, stride=1, padding=0):
     return nn.Sequential(layer, nn.BatchNorm2d(outputs), nn.ReLU(inplace=True))
 
 
-class Block(nn.Module):
+class Block(nn.Sequential):
     """A residual convolution over three columns (He et al. 2015, arXiv:1512.03385)."""
 
     def __init__(self, features):
-        super().__init__()
-        self.convolution = nn.Conv2d(features, features, (1, 3), padding=(0, 1), bias=False)
-        self.norm = nn.BatchNorm2d(features)
-        nn.init.zeros_(self.convolution.weight)  # a new block starts as the identity
+        layer = nn.Conv2d(features, features, (1, 3), padding=(0, 1), bias=False)
+        nn.init.zeros_(layer.weight)  # a new block starts as the identity
+        super().__init__(OrderedDict(convolution=layer, norm=nn.BatchNorm2d(features)))
 
     def forward(self, x):
-        return F.relu(x + self.norm(self.convolution(x)))  # the shape of x
+        return F.relu(x + super().forward(x))  # the shape of x
 
 
 class CRNN(nn.Module):
@@ -438,11 +430,7 @@ def folded(model):
     """A copy of a CRNN that only reads: each batch norm is folded into its convolution."""
     model = copy.deepcopy(model).eval()
     for layer in model.cnn:
-        if isinstance(layer, Block):
-            layer.convolution = fuse_conv_bn_eval(layer.convolution, layer.norm)
-            layer.norm = nn.Identity()
-        else:
-            layer[0], layer[1] = fuse_conv_bn_eval(layer[0], layer[1]), nn.Identity()
+        layer[0], layer[1] = fuse_conv_bn_eval(layer[0], layer[1]), nn.Identity()
     return model.to(memory_format=torch.channels_last)
 
 
@@ -520,18 +508,15 @@ def text_log_probability(log_probs, targets):
 
     log_probs: (T, N, C); targets: N lists of classes. Returns (N,).
     """
-    frames = torch.full((len(targets),), len(log_probs))
-    lengths = torch.tensor([len(target) for target in targets])
+    frames, lengths = [len(log_probs)] * len(targets), list(map(len, targets))
     flat = torch.tensor(sum(targets, []), dtype=torch.long)  # (sum of lengths,)
     return -F.ctc_loss(log_probs, flat, frames, lengths, blank=BLANK, reduction="none")  # (N,)
 
 
 def mean_log_probability(looks, targets):
     """The log of the probability of each text, on average over some Looks: (texts,)."""
-    scores = []
-    for look in looks:
-        log_probs = look.log_probs[:, None].expand(-1, len(targets), -1)  # (T, texts, C)
-        scores.append(text_log_probability(log_probs, targets))  # (texts,)
+    each = [look.log_probs[:, None].expand(-1, len(targets), -1) for look in looks]  # (T, texts, C)
+    scores = [text_log_probability(log_probs, targets) for log_probs in each]  # (texts,) each
     return torch.stack(scores).logsumexp(0) - math.log(len(looks))  # (texts,)
 
 
@@ -543,13 +528,9 @@ def calibrated(confidence, calibration):
 
 
 # ---- What the user knows: which characters can occur, or which texts
-class Known(NamedTuple):
-    """What an image can show."""
-
-    # (C,): where each class's probability goes, C for nowhere; None: all characters are allowed
-    taken_for: torch.Tensor | None = None
-    lexicon: tuple = ()  # the texts it can show; none: any
-    lowered: tuple = ()  # the same in lower case
+# What an image can show. taken_for, (C,): where each class's probability goes, C for nowhere; None:
+# all characters are allowed; lexicon: the texts it can show; none: any; lowered: in lower case
+Known = namedtuple("Known", "taken_for lexicon lowered", defaults=[None, (), ()])
 
 
 def know(charset, allowed=None, lexicon=None):
@@ -639,12 +620,9 @@ def add_cases(log_probs, charset):
 
 
 # ---- Reading
-class Look(NamedTuple):
-    """What the network sees in an image, looked at in one way."""
-
-    reading: Reading
-    log_probs: torch.Tensor  # (T, C)
-    forbidden: float = 0.0  # nats that its frames lose in all to what is not allowed
+# What the network sees in an image, looked at in one way: a Reading; log_probs, (T, C); forbidden:
+# the nats that its frames lose in all to what is not allowed
+Look = namedtuple("Look", "reading log_probs forbidden", defaults=[0.0])
 
 
 def read_images(model, images, batch_size, known=None):
@@ -698,15 +676,13 @@ def look_at(model, images, batch_size, known):
 
 def choose_reading(model, image, looks, known):
     """The calibrated Reading of an image: of what its Looks read, the likeliest on average."""
-    reading = looks[0].reading
+    look, reading = looks[0], looks[0].reading
     if len(looks) > 1:
-        targets = [model.charset.encode(look.reading.text) for look in looks]
-        scores = mean_log_probability(looks, targets)  # (looks,)
-        best = int(scores.argmax())
-        reading = looks[best].reading._replace(confidence=min(1.0, float(scores[best].exp())))
+        texts = list(dict.fromkeys(look.reading.text for look in looks))
+        scores = mean_log_probability(looks, list(map(model.charset.encode, texts)))  # (texts,)
+        look = next(look for look in looks if look.reading.text == texts[scores.argmax()])
+        reading = look.reading._replace(confidence=min(1.0, float(scores.max().exp())))
     in_parts = reading.text and set(reading.text) <= set("=:;÷")  # their parts look like two lines
-    # The first that reads so: of several, which scores best is a matter of rounding
-    look = next(look for look in looks if look.reading.text == reading.text)
     other = look.forbidden > DOUBT * max(1, len(reading.text))  # not what is known
     other |= not in_parts and count_lines(image) > 1
     from_edge_to_edge = (image[:, [0, -1]] < INK_TONE).any(0).all()
@@ -749,7 +725,7 @@ def invert(image):
 def shrink(image):
     """An image (HEIGHT, W) without tall margins, with 6 more rows of paper: (HEIGHT, new W)."""
     top, bottom = inked_rows(image.numpy() < 155)  # lighter than INK_TONE: keeps faint ink
-    if 0 < bottom - top <= 0.75 * HEIGHT:
+    if bottom - top <= 0.75 * HEIGHT:
         margin = max(1, round(0.18 * (bottom - top)))  # about that of a line that fills its image
         image = image[max(0, top - margin) : bottom + margin]  # (fewer rows, W)
     return resize(F.pad(image, (0, 0, 5, 1), value=255))  # (HEIGHT, new W)
@@ -830,11 +806,10 @@ def save_checkpoint(path, model):
     """
     if not isinstance(model.cnn[0][1], nn.BatchNorm2d):
         raise ValueError("a folded model only reads: load it with learn=True")
+    weights = {name: tensor.cpu() for name, tensor in model.state_dict().items()}
     content = dict(format=CHECKPOINT_FORMAT, charset=model.charset.characters, facts=model.facts)
     content |= dict(architecture=model.architecture, calibration=list(model.calibration))
-    content["preprocessing"] = preprocessing()
-    content["weights"] = {name: tensor.cpu() for name, tensor in model.state_dict().items()}
-    save_tensors(path, content)
+    save_tensors(path, content | dict(preprocessing=preprocessing(), weights=weights))
 
 
 def load_checkpoint(path, device="cpu", learn=False):
@@ -869,11 +844,9 @@ def read_labels(csv_path):
 
     Raises InputError, one line with the fix, when it is missing, malformed, or lacks a column.
     """
-    import pandas as pd  # here, so that reading a single image does not wait for it
-
     try:
-        how = dict(encoding="utf-8-sig", skipinitialspace=True)
-        rows = pd.read_csv(csv_path, dtype=str, keep_default_na=False, **how)
+        how = dict(na_filter=False, encoding="utf-8-sig", skipinitialspace=True)
+        rows = pd.read_csv(csv_path, dtype=str, **how)  # fields that a line lacks are ""
     except FileNotFoundError:
         remedy = "check the path, or run python prepare_ocr_dataset.py for datasets/data.csv"
         raise InputError(f"no {csv_path}: {remedy}") from None
@@ -884,13 +857,11 @@ def read_labels(csv_path):
     rows = rows.rename(columns=lambda name: name.strip().lower().removesuffix(".1"))
     if rows.columns.has_duplicates:  # as Label and label are now, or label and pandas' label.1
         raise InputError(f"{csv_path} names a column twice: {','.join(rows.columns)}")
-    for column in ("image_path", "label"):  # data.csv adds source and split
-        if column not in rows.columns:
-            wanted = f"its first line must be image_path,label, not {','.join(rows.columns)}"
-            raise InputError(f"{csv_path} has no column {column}: {wanted}")
+    if lacking := {"image_path", "label"} - set(rows.columns):  # data.csv adds source and split
+        wanted = f"its first line must be image_path,label, not {','.join(rows.columns)}"
+        raise InputError(f"{csv_path} has no column {min(lacking)}: {wanted}")
     if not isinstance(rows.index, pd.RangeIndex):  # pandas has made the first field an index
         raise InputError(f"{csv_path} has too many fields in a line: quote labels with commas")
-    rows = rows.fillna("")  # a line with too few fields leaves NaN behind
     rows = rows.assign(label=clean(rows.label, csv_path))
     rows = rows[(rows != "").any(axis=1)].reset_index(drop=True)  # without Excel's empty lines
     if rows.empty:
@@ -938,8 +909,7 @@ def add_split(rows):
     many = rows.groupby("label").label.transform("size") >= 10
     keys = rows.label.where((rows.label.str.len() > 1) & ~many, rows.image_path)
     given = rows["split"].str.strip().str.lower()
-    rows["split"] = [split or split_of(key, parts=10) for split, key in zip(given, keys)]
-    return rows
+    return rows.assign(split=[split or split_of(key, 10) for split, key in zip(given, keys)])
 
 
 # ---- Scoring
@@ -950,12 +920,9 @@ def score_table(rows, by="source"):
     without any error; ±, half of its 95 % interval; CER, edits over reference characters, summed
     over the group.
     """
-    import pandas as pd
-
-    scored = rows[[by]].assign(images=1, exact=rows.label == rows.prediction)
-    scored["edits"] = list(map(Levenshtein.distance, rows.label, rows.prediction))
-    scored["characters"] = rows.label.str.len()
-    sums = scored.groupby(by).sum()
+    edits = list(map(Levenshtein.distance, rows.label, rows.prediction))
+    scored = rows[[by]].assign(images=1, exact=rows.label == rows.prediction, edits=edits)
+    sums = scored.assign(characters=rows.label.str.len()).groupby(by).sum()
     if len(sums) > 1:
         sums = pd.concat([sums, sums.sum().to_frame("all").T])
     # Sums first and one division at the end: a mean of means would weigh small groups too much.

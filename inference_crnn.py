@@ -17,14 +17,14 @@ import json
 import os
 import sys
 import warnings
-from collections.abc import Iterable
+from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext, suppress
 from functools import partial
 from glob import glob
 from pathlib import Path
-from typing import NamedTuple
 
+import pandas as pd
 import torch
 from PIL import Image, ImageOps
 from rapidfuzz.distance import Levenshtein
@@ -141,12 +141,9 @@ def read_each(images, model, known):
         yield from read_chunk(*zip(*chunk), model)
 
 
-class Loaded(NamedTuple):
-    """An image, decoded."""
-
-    pixels: torch.Tensor | None  # and why there are none: see crnn.try_load
-    reason: str | None
-    turned: Iterable  # by 90 degrees either way, if the image is narrow; None: cannot be turned
+# An image, decoded. pixels, reason: see crnn.try_load; turned: by 90 degrees either way, if the
+# image is narrow; None: cannot be turned
+Loaded = namedtuple("Loaded", "pixels reason turned")
 
 
 def load(image, at_once=False):
@@ -180,15 +177,8 @@ def read_chunk(images, known, model):
 
 
 # ---- Samples, and what is read in them
-class Sample(NamedTuple):
-    """An image to read."""
-
-    image_path: Path
-    label: str = ""  # "" if unknown
-    source: str = ""
-    split: str = ""
-    allowed: str = ""  # "": ALLOWED
-    lexicon: str = ""  # "": LEXICON
+# An image to read. label: "" if unknown; allowed, lexicon: "" for ALLOWED and LEXICON
+Sample = namedtuple("Sample", "image_path label source split allowed lexicon", defaults=[""] * 5)
 
 
 def list_csv(path):
@@ -272,8 +262,6 @@ def read_all(samples, model):
     Returns a DataFrame of what could be read: COLUMNS, and a column others, which lists the
     alternatives of each character of the prediction, such as ["1I", ""].
     """
-    import pandas as pd  # here, so that recognize() from Python does not wait for it
-
     known, rows = know_each(samples, model.charset), []
     target = whole_file(PREDICTIONS_JSONL) if PREDICTIONS_JSONL else nullcontext(os.devnull)
     with target as temporary, open(temporary, "w", encoding="utf-8", newline="\n") as lines:
@@ -341,17 +329,18 @@ def thumbnail(path):
 
 
 def write_check(rows):
-    """Write a page to correct readings in, the least sure first. Returns its path.
+    """Write a page to correct readings in, the least sure first. Returns a line that says where.
 
     It saves them as labels.csv, or under another name that is free, for the folder of the images.
     """
+    some = "the readings" if len(rows) <= CHECKED_AT_ONCE else "the least sure readings"
     rows = rows.sort_values("confidence", kind="stable")[:CHECKED_AT_ONCE]
     folders = [os.path.dirname(os.path.abspath(path)) for path in rows.image_path]
     try:
         folder = Path(os.path.commonpath(folders))
     except ValueError:
         remedy = "read each drive in a run of its own to correct them on a page"
-        raise InputError(f"the images are on two drives: {remedy}") from None
+        return f"the images are on two drives: {remedy}"
     file = os.path.basename(free_name(folder / "labels.csv"))
     how = dict(max_workers=max(1, NUM_THREADS), desc="check.html", unit="img", disable=None)
     images = thread_map(thumbnail, rows.image_path, **how)
@@ -360,7 +349,8 @@ def write_check(rows):
     rows = rows[["path", "text", "confidence", "unrestricted", "others", "image"]]
     job = dict(folder=folder.as_posix().rstrip("/"), file=file, rows=rows.to_dict("records"))
     content = json.dumps(job, ensure_ascii=False).replace("<", "\\u003c")  # no </script> within it
-    return write_page("check.html", "check.html", content)
+    path = write_page("check.html", "check.html", content)
+    return f"to correct {some}, open {path.as_posix()} in a browser"
 
 
 # ---- Report. rows: a DataFrame with columns image_path, label, source, prediction, confidence.
@@ -383,8 +373,6 @@ def show_surest_errors(rows, most=60):
 
 def write_report(rows):
     """Write index.html, a page with all its tables and images in it. Returns its path."""
-    import pandas as pd
-
     errors = [edit for pair in zip(rows.label, rows.prediction) for edit in edits(*pair)]
     errors = pd.DataFrame(errors, columns=["label", "read"])
     errors = errors.replace({"": "(nothing)", " ": "(space)"}).value_counts().head(25)
@@ -441,11 +429,7 @@ def main(arguments=()):
         if REPORT_DIR:
             lines.append(f"report: {write_report(labelled).as_posix()}")
     if len(bare) and REPORT_DIR:
-        some = "the readings" if len(bare) <= CHECKED_AT_ONCE else "the least sure readings"
-        try:
-            lines.append(f"to correct {some}, open {write_check(bare).as_posix()} in a browser")
-        except InputError as error:
-            lines.append(str(error))
+        lines.append(write_check(bare))
     unsure, skipped = (rows.confidence < MIN_CONFIDENCE).sum(), len(samples) - len(rows)
     images = "1 image" if len(rows) == 1 else f"{len(rows):,} images"
     unsure = f"{unsure:,} below MIN_CONFIDENCE = {MIN_CONFIDENCE}"

@@ -104,10 +104,6 @@ def generator():
     return np.random.default_rng(random.getrandbits(63))
 
 
-def noise(shape, deviation):
-    return generator().standard_normal(shape, dtype=np.float32) * np.float32(deviation)
-
-
 def clouds(shape, patches):
     """Values from 0 to 1, float32 (H, W), changing slowly: so many patches over the height."""
     few = [max(2, round(patches * side / shape[0]) + 1) for side in shape]  # rows, columns
@@ -251,10 +247,9 @@ def find_fonts():
     fonts, notes = [], []
     left_out = pd.read_csv(LEFT_OUT_FILE, dtype=str, keep_default_na=False, index_col=0).characters
     # Also behind links, without a Mac's ._ files, and in one order on all systems
-    found = glob("**", root_dir=FONTS_DIR, recursive=True)
-    for path in sorted((Path(FONTS_DIR, f) for f in found), key=Path.as_posix):
-        if path.suffix.lower() not in {".ttf", ".otf", ".woff", ".woff2"}:
-            continue
+    found = [Path(FONTS_DIR, path) for path in glob("**", root_dir=FONTS_DIR, recursive=True)]
+    usable = [p for p in found if p.suffix.lower() in {".ttf", ".otf", ".woff", ".woff2"}]
+    for path in sorted(usable, key=Path.as_posix):
         kind = HANDWRITTEN if "handwriting" in path.relative_to(FONTS_DIR).parts else PRINTED
         try:
             font = survey_font(str(path), kind, CHARSET)
@@ -373,8 +368,7 @@ def line_box(canvas, top, bottom, margin):
     """Crop a uint8 canvas to a line, and further out where ink goes beyond it: ink (H, W)."""
     first, last, left, right = ink_box(canvas)
     top, bottom = min(top, first or top), max(bottom, last + 1)
-    part = canvas[top:bottom, max(0, left - margin) : right + 1 + margin]
-    return part.astype(np.float32) / 255
+    return canvas[top:bottom, max(0, left - margin) : right + 1 + margin].astype(np.float32) / 255
 
 
 def ink_box(ink, share=0.1):
@@ -513,8 +507,7 @@ def parse(root, contributor):
     for path in sorted(files, key=lambda path: path.parts[::-1]):
         for sample in read_samples(path, root, skipped):
             groups[sample.writer, len(sample.label) == 1].append(sample)
-    kept = [s for _, samples in sorted(groups.items()) for s in choose(samples, skipped)]
-    return kept, skipped
+    return [s for _, part in sorted(groups.items()) for s in choose(part, skipped)], skipped
 
 
 @lru_cache(maxsize=32)
@@ -763,13 +756,6 @@ def pick_hand(line):
     return Hand(split, capital, stroke, slant, looseness, spacing, samples, *habits)
 
 
-def vary_by_hand(text, mix):
-    """A text as some write it: sin, cos, x with a capital, but not exp; in amounts 9 as g or q."""
-    if mix == "math":
-        return re.sub("sin|cos|(?<!e)x", lambda m: m[0].title() if chance(0.15) else m[0], text)
-    return re.sub("9", lambda _: choice("9999gq"), text) if mix == "cheque" else text
-
-
 def compose(text, hand):
     """Characters of a hand, and signs of anybody, set side by side as it would: ink (H, W)."""
     capital, baseline = hand.capital, 3 * hand.capital
@@ -925,8 +911,7 @@ def crop(ink, keep_height):
     top, bottom, left, right = (randint(0, max(0, room - 2)) for room in rooms)
     if keep_height:  # where size and place of characters tell c from C, a comma from a quote
         top = bottom = 0
-    ink = ink[top : h - bottom, left : w - right]
-    return apply([(0.3, stretched, -0.6, 0.4)], ink)
+    return apply([(0.3, stretched, -0.6, 0.4)], ink[top : h - bottom, left : w - right])
 
 
 def in_cells(glyphs):
@@ -1113,7 +1098,8 @@ def coarse(ink, least=11, most=18, two_tones=0.0):
     rows = round(randint(least, most) * h / max(h / 2, bottom + 1 - top))
     small = cv2.resize(ink, (max(4, round(w * rows / h)), rows), interpolation=cv2.INTER_AREA)
     if chance(two_tones):
-        small = np.float32(small + noise(small.shape, 0.04) > uniform(0.2, 0.4) * small.max())
+        grain = 0.04 * generator().standard_normal(small.shape, np.float32)
+        small = np.float32(small + grain > uniform(0.2, 0.4) * small.max())
     how = choice([cv2.INTER_NEAREST, cv2.INTER_LINEAR, cv2.INTER_CUBIC])
     return cv2.resize(small, (w, h), interpolation=how).clip(0, 1)
 
@@ -1140,7 +1126,7 @@ def give_tones(
     if shade:
         page = page * (1 - uniform(0, shade) * clouds(ink.shape, uniform(0.3, 1.2)))
     ink = ink * (1 - randint(*dark) / 255) * (uniform(0.2, 0.5) if chance(pale) else 1)
-    image = page * (1 - ink) + noise(ink.shape, choice(grain))
+    image = page * (1 - ink) + choice(grain) * generator().standard_normal(ink.shape, np.float32)
     image = image.clip(0, 255).round().astype(np.uint8)
     image = 255 - image if chance(inverse) else image
     if jpeg:
@@ -1293,8 +1279,11 @@ def is_readable(image, label):
 def draw(line, tool):
     """A Line by a Font or a Hand, from pen to tones: an image, uint8 (H, W), or None."""
     label, source, style = line.label, line.source, line.style
-    # A lone X is an X, whoever wrote it
-    text = label if line.alone or source.pen is not compose else vary_by_hand(label, line.texts)
+    text, by_hand = label, source.pen is compose and not line.alone  # a lone X is an X
+    if by_hand and line.texts == "math":  # some write sin, cos, x with a capital, but not exp
+        text = re.sub("sin|cos|(?<!e)x", lambda m: m[0].title() if chance(0.15) else m[0], label)
+    elif by_hand and line.texts == "cheque":  # in amounts, some write 9 as g or q
+        text = re.sub("9", lambda _: choice("9999gq"), label)
     # One by one, as into the boxes of a form, or as a whole: ink (h, w) each
     inks = [source.cell_pen(c, tool) for c in label] if style.cells else [source.pen(text, tool)]
     if any(ink is None for ink in inks):
@@ -1343,10 +1332,8 @@ def rows_of(chunk):
     return None
 
 
-def draw_chunk(constants, chunk):
+def draw_chunk(chunk):
     """Draw a chunk's images and, when all are there, write its csv. Runs in the workers."""
-    globals().update(constants)
-    cv2.setNumThreads(1)  # there is a worker to a processor already
     chunk.csv.parent.mkdir(parents=True, exist_ok=True)
     chunk.csv.unlink(missing_ok=True)  # its labels are those of the images about to be replaced
     rows = []
@@ -1360,8 +1347,10 @@ def draw_chunk(constants, chunk):
     return len(rows)
 
 
-def end_with_parent():
-    """End this worker if its parent is killed: it would draw on, and then wait for ever."""
+def start_worker(constants):
+    """Prepare a worker, and end it if its parent is killed: it would draw on, and wait for ever."""
+    globals().update(constants)
+    cv2.setNumThreads(1)  # there is a worker to a processor already
     Thread(target=lambda: (parent_process().join(), os._exit(1)), daemon=True).start()
 
 
@@ -1380,11 +1369,10 @@ def draw_all(counts):
     cv2.setNumThreads(1)  # before the fork: a worker would wait for ever for threads left behind
     # A spawned worker has the constants as written in this file: give it the current values.
     constants = {name: globals()[name] for name in [*SHAPING, "FONTS_DIR", "DATASETS_DIR"]}
-    task = partial(draw_chunk, constants)
     new = sum(len(chunk.indices) for chunk in missing)
     workers, bar = max(1, NUM_WORKERS), crnn.progress(desc="drawing", total=new)
-    with ProcessPoolExecutor(workers, initializer=end_with_parent) as pool, bar:
-        for number in (pool.map if workers > 1 else map)(task, missing):
+    with ProcessPoolExecutor(workers, initializer=start_worker, initargs=[constants]) as pool, bar:
+        for number in (pool.map if workers > 1 else map)(draw_chunk, missing):
             bar.update(number)
     return pd.concat(map(rows_of, chunks), ignore_index=True), new
 

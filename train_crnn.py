@@ -173,10 +173,8 @@ def report_data(rows, charset):
 
 def shuffle_batches(buckets, generator):
     """(bucket, indices) of every batch of an epoch in random order; each process has its share."""
-    batches = []
-    for bucket in buckets:
-        order = torch.randperm(len(bucket), generator=generator)
-        batches += [(bucket, indices) for indices in order.split(BATCH_SIZE)]
+    orders = [(bucket, torch.randperm(len(bucket), generator=generator)) for bucket in buckets]
+    batches = [(bucket, part) for bucket, order in orders for part in order.split(BATCH_SIZE)]
     # All processes shuffle alike, so that each has its part of the same batch; where the last of a
     # bucket is too small for that, its images are repeated.
     order = torch.randperm(len(batches), generator=generator).tolist()
