@@ -892,18 +892,6 @@ def warp(ink):
     return ink[min(top, more) : max(bottom + 1, len(ink) - more)]  # no smaller than it was
 
 
-def tilt(ink):
-    """A line (H, W) turned by up to 3 degrees; some bent, as on paper that lies unevenly."""
-    slope = math.radians(uniform(-1, 1) * choice([0, 0, 1, 2, 3]))
-    return apply([(0.08, warp)], leaning(ink.T, slope, slope).T)
-
-
-def harden(ink):
-    """Some edges as hard as in black and white, around a tone so low that thin strokes stay."""
-    pivot = 0.3 * ink.max()
-    return ((ink - pivot) * choice([1, 1, 2, 4]) + pivot).clip(0, 1)
-
-
 def crop(ink, keep_height):
     """A line (H, W) with its paper cut at random, 2 pixels or more from the ink; some stretched."""
     (h, w), (first, last, left, right) = ink.shape, ink_box(ink)
@@ -911,7 +899,7 @@ def crop(ink, keep_height):
     top, bottom, left, right = (randint(0, max(0, room - 2)) for room in rooms)
     if keep_height:  # where size and place of characters tell c from C, a comma from a quote
         top = bottom = 0
-    return apply([(0.3, stretched, -0.6, 0.4)], ink[top : h - bottom, left : w - right])
+    return apply([(0.3, stretched)], ink[top : h - bottom, left : w - right])
 
 
 def in_cells(glyphs):
@@ -961,20 +949,9 @@ def framed(ink, least=-0.04, most=0.15):
     return ink[top:bottom, left:right]
 
 
-def clipped(ink):
-    """Cut a little into the first and the last letter of a line, and never through a thin one."""
-    top, bottom, left, right = ink_box(ink, 0.15)
-    line, gaps = bottom - top, np.flatnonzero(ink[:, left : right + 1].max(axis=0) < 0.15)
-    if right - left < 2 * line or not len(gaps):
-        return ink
-    widths = gaps[0], right - left - gaps[-1]  # of the first and last piece of ink
-    into = [round(min(uniform(0, 0.15) * line, 0.4 * width + 2)) for width in widths]
-    return ink[:, max(0, left - 2 + into[0]) : right + 3 - into[1]]
-
-
-def stretched(ink, least=-0.2, most=0.6):
-    """Condensed or extended, in octaves."""
-    width = max(4, round(ink.shape[1] * 2 ** uniform(least, most)))
+def stretched(ink):
+    """Condensed or extended."""
+    width = max(4, round(ink.shape[1] * 2 ** uniform(-0.6, 0.4)))
     return cv2.resize(ink, (width, len(ink)), interpolation=cv2.INTER_AREA)
 
 
@@ -1081,16 +1058,6 @@ def blur(ink):
     return cv2.GaussianBlur(ink, (0, 0), uniform(0.4, 0.9))
 
 
-def faded(ink, patches=4, least=0.5, grain=0.0, dead=0.0):
-    """Unevenly inked; grain: only where the paper takes it; dead: share of rows not printed."""
-    faintest = uniform(least, 1)
-    ink = ink * (faintest + (1 - faintest) * clouds(ink.shape, patches))
-    ink = ink * (1 - uniform(0.4, 1) * grain * generator().random(ink.shape, dtype=np.float32))
-    rows = np.where(generator().random((len(ink), 1)) < uniform(0, dead), uniform(0.2, 0.8), 1)
-    columns = np.where(generator().random((1, ink.shape[1])) < 0.15 * dead, 0.3, 1)
-    return (ink * rows * columns).astype(np.float32)
-
-
 def coarse(ink, least=11, most=18, two_tones=0.0):
     """Scanned with so few rows a line, a share (two_tones) in black and white, and enlarged."""
     (h, w), (top, bottom, *_) = ink.shape, ink_box(ink)
@@ -1160,10 +1127,10 @@ DIAL = SIGN | dict(shade=0.3)
 # Effects that several styles share: how often each is at work (1: always), and its settings
 PRESS = (0.4, bold, 0, 0.06)
 WORN = [(0.25, lost_points), (0.25, starved)]
-HEATED = [*WORN, (0.4, pressed), (1, partial(faded, dead=0.15), 2, 0.4), (1, coarse, 15, 24)]
+HEATED = [*WORN, (0.4, pressed), (1, coarse, 15, 24)]
 COPY = [(1, neighbours), (0.1, form_lines, [1, 2]), (1, partial(coarse, two_tones=0.6), 20, 48)]
 COPY += [(0.15, specks), (0.5, blur), (1, framed)]
-SCAN = [*WORN, PRESS, (0.3, pressed), (1, faded, 2, 0.4), (1, room, 0, 0.15), *COPY]
+SCAN = [*WORN, PRESS, (0.3, pressed), (1, room, 0, 0.15), *COPY]
 WAVES = (0.8, lined, (0.06, 0.25), 0.3, (0.1, 0.4))
 BESIDE = partial(neighbours, aside=True)
 BOARD = [PRESS, (1, room, 0.12), (1, BESIDE, 0.06, 0.15), (1, lettered)]
@@ -1184,10 +1151,10 @@ EVERYWHERE = {
 STYLES = {
     PRINTED: {
         "plain": Style(0, [(0.4, blur)], LIGHT),
-        "receipt": Style(4, [*HEATED, (1, framed), (0.2, clipped)], SLIP, "receipt", NARROW),
-        "scanned": Style(4, [(1, stretched), *SCAN, (0.2, clipped)], SLIP, "receipt"),
+        "receipt": Style(4, [*HEATED, (1, framed)], SLIP, "receipt", NARROW),
+        "scanned": Style(4, SCAN, SLIP, "receipt"),
         "label": Style(2, [PRESS, (1, room), (0.35, form_lines, [4])], PLATE, "label"),
-        "sign": Style(6, [(1, stretched), *BOARD, FAR, *SEEN], SIGN, "sign"),
+        "sign": Style(6, [*BOARD, FAR, *SEEN], SIGN, "sign"),
         "letter": Style(3, [*CUT_OUT, *BOARD, *SEEN], SIGN, "large"),
         "display": Style(2, [*SEGMENTS, (1, blur), (0.5, snapped)], DIAL, "display", "dseg"),
         "counter": Style(1, [*BETWEEN, *ROLLING], DIAL, "dial"),
@@ -1196,8 +1163,8 @@ STYLES = {
     HANDWRITTEN: {
         "plain": Style(0, [(0.3, blur)]),
         "pen": Style(3, [(1, pressed)], LIGHT),
-        "pencil": Style(2, [(1, partial(faded, grain=0.7))], FAINT),
-        "marker": Style(1.5, [(1, bold), (1, blur), (1, faded)]),
+        "pencil": Style(2, [], FAINT),
+        "marker": Style(1.5, [(1, bold), (1, blur)]),
         "ruled": Style(3, [(1, room), (1, lined, (0.3, 0.9), 0.03, (0.15, 0.6))], LIGHT),
         "copied": Style(3, [PRESS, *COPY], CLEAN),
         "cheque": Style(3.5, [PRESS, (1, room), WAVES, (0.5, blur)], CLEAN, "cheque"),
@@ -1291,7 +1258,6 @@ def draw(line, tool):
     # Only in training: the other splits are to show fonts and characters as they are.
     if source.kind != PRINTED and line.split == "train" and chance(WARPED):
         inks = [warp(ink) for ink in inks]
-    inks = [harden(tilt(ink)) for ink in inks]
     keep_height = line.alone or len(label) < 3 or chance(0.5)
     ink = in_cells(inks) if style.cells else crop(inks[0], keep_height)
     return give_tones(apply(style.effects, ink), **style.tones)
