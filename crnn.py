@@ -536,17 +536,15 @@ Known = namedtuple("Known", "taken_for lexicon lowered", defaults=[None, (), ()]
 def know(charset, allowed=None, lexicon=None):
     """The Known of the characters that are allowed, a string; None: all that the charset holds.
 
-    Where only one case of a letter is allowed, the other is read as that one; what seems to show
-    anything else gets confidence 0. lexicon: texts, or a file with one per line; None: any.
-    Texts with other characters are left out, the first five of them named on standard error.
-    InputError: nothing is left, or no such character or file.
+    If only one case of a letter is allowed, the other is read as it; what seems to show anything
+    else gets confidence 0. lexicon: texts, or a file with one per line; None: any. Texts with other
+    characters are left out, five of them named. InputError: none left, no such character or file.
     """
     allowed = normalize("NFC", "".join(map(str, "" if allowed is None else allowed)))
     if unknown := charset.unknown(allowed):
         raise InputError(f"ALLOWED has {unknown[0]}, which the model does not know: take it out")
     taken_for, can = None, set(charset.index)
-    allowed = allowed if allowed.strip() else ""
-    if allowed:
+    if allowed.strip():
         kept, nothing = {c: charset.index[c] for c in allowed}, charset.num_classes
         classes = [kept.get(c, kept.get(c.swapcase(), nothing)) for c in charset.characters]
         taken_for = torch.tensor([BLANK, *classes])  # (C,)
@@ -554,14 +552,14 @@ def know(charset, allowed=None, lexicon=None):
     if lexicon is None or isinstance(lexicon, str) and not lexicon:
         return Known(taken_for)
     texts = read_lexicon(lexicon)
-    other = {text: set(text) - can for text in texts}
-    reason = "ALLOWED lacks" if allowed else "the model does not know"
-    for text in [text for text in texts if other[text]][:5]:
-        names = " ".join(map(describe, sorted(other[text])))
+    left_out = [text for text in texts if not set(text) <= can]
+    reason = "the model does not know" if taken_for is None else "ALLOWED lacks"
+    for text in left_out[:5]:
+        names = " ".join(map(describe, sorted(set(text) - can)))
         print(f"LEXICON: {text!r} is left out, {reason} {names}", file=sys.stderr)
-    if (left_out := sum(map(bool, other.values()))) > 5:
-        print(f"LEXICON: {left_out:,} texts are left out in all", file=sys.stderr)
-    texts = tuple(text for text in texts if not other[text])
+    if len(left_out) > 5:
+        print(f"LEXICON: {len(left_out):,} texts are left out in all", file=sys.stderr)
+    texts = tuple(text for text in texts if set(text) <= can)
     if not texts:
         raise InputError("LEXICON has no text left (see any lines above): give one per line")
     return Known(taken_for, texts, tuple(map(str.lower, texts)))

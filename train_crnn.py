@@ -553,8 +553,7 @@ def end_epoch(former, parts, losses, started, val, count, epochs):
         print("    nearly all predictions are still empty: normal in the first epochs of CTC")
     facts = dict(epoch=epoch, seconds=round(state["seconds"], 1), losses=losses)
     facts |= dict(images_per_second=round(speed, 1), loss=float(np.mean(losses)))
-    for measure in ("exact", "CER"):
-        facts |= {f"{measure} {source}": float(v) for source, v in table[measure].items()}
+    facts |= {f"{m} {source}": float(v) for m in ("exact", "CER") for source, v in table[m].items()}
     state["history"].append(facts)
     save_if_best(state, model, exact, cer, count, len(val))
     saved = {name: part.state_dict() for name, part in parts.items()}
