@@ -29,7 +29,6 @@ from typing import NamedTuple
 from unicodedata import normalize
 
 import numpy as np
-import pandas as pd
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageFilter, ImageOps, UnidentifiedImageError
@@ -296,6 +295,8 @@ def closer_view(image):
     ink = image < INK_TONE
     top, bottom = inked_rows(ink)
     line = (bottom - top) / HEIGHT
+    if not line:  # specks or a lone dot: no size to go by
+        return 0.0, 1.0, 1.0, SMOOTHING
     ink = ink[top:bottom]
     starts = np.count_nonzero(ink[:, 1:] > ink[:, :-1], axis=1) + ink[:, 0]  # of each row, (H,)
     strokes = float(np.sort(starts)[-max(1, len(ink) // 3) :].mean())  # in the fullest third
@@ -312,10 +313,10 @@ def closer_view(image):
 
 
 def inked_rows(ink):
-    """First row of a bool array (H, W) with more ink than specks, one after the last; else all."""
+    """First row of a bool array (H, W) with more ink than specks, and the one after the last."""
     enough = max(1, ink.shape[1] / 100)
     rows = np.flatnonzero(np.count_nonzero(ink, axis=1) >= enough)
-    return (int(rows[0]), int(rows[-1]) + 1) if len(rows) else (0, len(ink))
+    return (int(rows[0]), int(rows[-1]) + 1) if len(rows) else (0, 0)
 
 
 def padded_width(width):
@@ -723,7 +724,7 @@ def invert(image):
 def shrink(image):
     """An image (HEIGHT, W) without tall margins, with 6 more rows of paper: (HEIGHT, new W)."""
     top, bottom = inked_rows(image.numpy() < 155)  # lighter than INK_TONE: keeps faint ink
-    if bottom - top <= 0.75 * HEIGHT:
+    if 0 < bottom - top <= 0.75 * HEIGHT:
         margin = max(1, round(0.18 * (bottom - top)))  # about that of a line that fills its image
         image = image[max(0, top - margin) : bottom + margin]  # (fewer rows, W)
     return resize(F.pad(image, (0, 0, 5, 1), value=255))  # (HEIGHT, new W)
@@ -842,6 +843,8 @@ def read_labels(csv_path):
 
     Raises InputError, one line with the fix, when it is missing, malformed, or lacks a column.
     """
+    import pandas as pd  # here, so that recognize() from Python does not wait for it
+
     try:
         how = dict(na_filter=False, encoding="utf-8-sig", skipinitialspace=True)
         rows = pd.read_csv(csv_path, dtype=str, **how)  # fields that a line lacks are ""
@@ -918,6 +921,8 @@ def score_table(rows, by="source"):
     without any error; ±, half of its 95 % interval; CER, edits over reference characters, summed
     over the group.
     """
+    import pandas as pd
+
     edits = list(map(Levenshtein.distance, rows.label, rows.prediction))
     scored = rows[[by]].assign(images=1, exact=rows.label == rows.prediction, edits=edits)
     sums = scored.assign(characters=rows.label.str.len()).groupby(by).sum()

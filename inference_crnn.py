@@ -24,7 +24,6 @@ from functools import partial
 from glob import glob
 from pathlib import Path
 
-import pandas as pd
 import torch
 from PIL import Image, ImageOps
 from rapidfuzz.distance import Levenshtein
@@ -262,6 +261,8 @@ def read_all(samples, model):
     Returns a DataFrame of what could be read: COLUMNS, and a column others, which lists the
     alternatives of each character of the prediction, such as ["1I", ""].
     """
+    import pandas as pd  # here, so that recognize() from Python does not wait for it
+
     known, rows = know_each(samples, model.charset), []
     target = whole_file(PREDICTIONS_JSONL) if PREDICTIONS_JSONL else nullcontext(os.devnull)
     with target as temporary, open(temporary, "w", encoding="utf-8", newline="\n") as lines:
@@ -329,18 +330,17 @@ def thumbnail(path):
 
 
 def write_check(rows):
-    """Write a page to correct readings in, the least sure first. Returns a line that says where.
+    """Write a page to correct readings in, the least sure first. Returns its path.
 
     It saves them as labels.csv, or under another name that is free, for the folder of the images.
     """
-    some = "the readings" if len(rows) <= CHECKED_AT_ONCE else "the least sure readings"
     rows = rows.sort_values("confidence", kind="stable")[:CHECKED_AT_ONCE]
     folders = [os.path.dirname(os.path.abspath(path)) for path in rows.image_path]
     try:
         folder = Path(os.path.commonpath(folders))
     except ValueError:
         remedy = "read each drive in a run of its own to correct them on a page"
-        return f"the images are on two drives: {remedy}"
+        raise InputError(f"the images are on two drives: {remedy}") from None
     file = os.path.basename(free_name(folder / "labels.csv"))
     how = dict(max_workers=max(1, NUM_THREADS), desc="check.html", unit="img", disable=None)
     images = thread_map(thumbnail, rows.image_path, **how)
@@ -349,8 +349,7 @@ def write_check(rows):
     rows = rows[["path", "text", "confidence", "unrestricted", "others", "image"]]
     job = dict(folder=folder.as_posix().rstrip("/"), file=file, rows=rows.to_dict("records"))
     content = json.dumps(job, ensure_ascii=False).replace("<", "\\u003c")  # no </script> within it
-    path = write_page("check.html", "check.html", content)
-    return f"to correct {some}, open {path.as_posix()} in a browser"
+    return write_page("check.html", "check.html", content)
 
 
 # ---- Report. rows: a DataFrame with columns image_path, label, source, prediction, confidence.
@@ -373,6 +372,8 @@ def show_surest_errors(rows, most=60):
 
 def write_report(rows):
     """Write index.html, a page with all its tables and images in it. Returns its path."""
+    import pandas as pd
+
     errors = [edit for pair in zip(rows.label, rows.prediction) for edit in edits(*pair)]
     errors = pd.DataFrame(errors, columns=["label", "read"])
     errors = errors.replace({"": "(nothing)", " ": "(space)"}).value_counts().head(25)
@@ -429,7 +430,11 @@ def main(arguments=()):
         if REPORT_DIR:
             lines.append(f"report: {write_report(labelled).as_posix()}")
     if len(bare) and REPORT_DIR:
-        lines.append(write_check(bare))
+        some = "the readings" if len(bare) <= CHECKED_AT_ONCE else "the least sure readings"
+        try:
+            lines.append(f"to correct {some}, open {write_check(bare).as_posix()} in a browser")
+        except InputError as error:
+            lines.append(str(error))
     unsure, skipped = (rows.confidence < MIN_CONFIDENCE).sum(), len(samples) - len(rows)
     images = "1 image" if len(rows) == 1 else f"{len(rows):,} images"
     unsure = f"{unsure:,} below MIN_CONFIDENCE = {MIN_CONFIDENCE}"

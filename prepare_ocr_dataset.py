@@ -950,7 +950,7 @@ def framed(ink, least=-0.04, most=0.15):
 
 
 def stretched(ink):
-    """Condensed or extended."""
+    """Condensed or extended, in octaves."""
     width = max(4, round(ink.shape[1] * 2 ** uniform(-0.6, 0.4)))
     return cv2.resize(ink, (width, len(ink)), interpolation=cv2.INTER_AREA)
 

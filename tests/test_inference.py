@@ -364,8 +364,7 @@ def browser():
 def test_corrections_reach_the_labels(infer, scans, browser):
     """Every sign survives from the page to the labels."""
     read = predictions(infer).assign(prediction="l0ok", confidence=0.3)
-    infer.write_check(read.assign(others=[["1I", "O", "", " "]] * len(read)))
-    path = Path(infer.REPORT_DIR) / "check.html"
+    path = infer.write_check(read.assign(others=[["1I", "O", "", " "]] * len(read)))
     page = browser.new_page(viewport=dict(width=600, height=300))
     page.goto(path.absolute().as_uri())
     fields, suggestions = page.locator(".reading"), page.locator(".characters").first
